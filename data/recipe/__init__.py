@@ -1,0 +1,8 @@
+"""The recipe of the bundled world: art -> scenes and captions -> training -> diffusers folders.
+
+Run it with ``make world`` (or ``python -m recipe --help`` with ``data`` on the path).
+"""
+
+from basinlab._torchvision import ensure_importable
+
+ensure_importable()

@@ -1,0 +1,96 @@
+"""Train and export the bundled world: ``python -m recipe``, or ``make world``.
+
+Every stage resumes where it was stopped or killed. ``--minutes`` ends a run at a checkpoint;
+run the same command again to go on. ``--smoke`` does all of it at toy size, elsewhere.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import export, train
+
+DATA = Path(__file__).resolve().parents[1]
+STAGES = ("vae", "unet", "clip", "descriptor")
+VERSIONS = ("torch", "diffusers", "transformers", "numpy", "pillow")
+
+
+def settings_for(name: str, smoke: bool, steps: int | None) -> train.Settings:
+    """The settings of a stage: as shipped, a handful of steps for a smoke run, or other ``steps``."""
+    chosen = train.SETTINGS[name]
+    if smoke:
+        return dataclasses.replace(chosen, steps=4, batch=min(chosen.batch, 16), warmup=1, log_every=1)
+    return dataclasses.replace(chosen, steps=steps or chosen.steps)
+
+
+def build(name: str, settings: train.Settings, work: Path, smoke: bool) -> train.Stage:
+    """The stage called ``name``, its weights initialised from the recipe's seed."""
+    torch.manual_seed(train.scenes.SEED)
+    if name == "vae":
+        return train.VAEStage(settings)
+    if name == "clip":
+        return train.CLIPStage(settings)
+    if name == "descriptor":
+        return train.DescriptorStage(settings)
+    if not (work / "vae" / "model" / "config.json").exists():
+        sys.exit(f"the U-Net trains on latents of the VAE, and {work / 'vae'} holds none yet: run stage vae first")
+    pool = {"pool": 64} if smoke else {}
+    return train.UNetStage(settings, work / "vae" / "model", **pool)
+
+
+def record(name: str, settings: train.Settings, work: Path, device: torch.device) -> None:
+    """Note beside the weights what made them; ``export`` gathers these into training.json."""
+    rows = (work / name / "losses.csv").read_text().splitlines()
+    header, last = rows[0].split(","), rows[-1].split(",")
+    made = {
+        "command": "python -m recipe " + " ".join(sys.argv[1:]),
+        "seed": train.scenes.SEED,
+        **dataclasses.asdict(settings),
+        "hours": round(float(last[1]) / 3600, 2),
+        "last_losses": dict(zip(header[2:], map(float, last[2:]), strict=True)),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in VERSIONS},
+    }
+    (work / name / "made.json").write_text(json.dumps(made, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipe", description=__doc__)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to train (default: all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop at a checkpoint after this long")
+    parser.add_argument("--steps", type=int, help="steps of the given stage, instead of the shipped number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render scenes (for a GPU: 8)")
+    parser.add_argument("--work", type=Path, default=DATA.parent / "build" / "world", help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=DATA, help="where the finished folders go")
+    parser.add_argument("--smoke", action="store_true", help="four steps of everything, to see that it runs")
+    parser.add_argument("--draft", action="store_true", help="export unfinished stages too, to look at them")
+    options = parser.parse_args()
+    device, deadline = torch.device(options.device), time.monotonic() + options.minutes * 60
+    if options.smoke and options.out == DATA:
+        sys.exit("a smoke run would replace the shipped weights: give it another --out")
+    for name in options.stages:
+        settings = settings_for(name, options.smoke, options.steps)
+        stage = build(name, settings, options.work, options.smoke)
+        done = train.fit(stage, options.work / name, device, deadline, options.workers)
+        if not done and not options.draft:
+            print(f"{name}: stopped at a checkpoint in {options.work / name}; run the same command again to go on")
+            return
+        record(name, settings, options.work, device)
+        export.store(name, stage, options.work / name / "model", device)
+        print(f"{name}: done, in {options.work / name / 'model'}")
+    if all((options.work / name / "made.json").exists() for name in STAGES):
+        export.publish(options.work, options.out)
+        print(f"the world is in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

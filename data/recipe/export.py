@@ -1,0 +1,122 @@
+"""From trained stages to what is shipped: diffusers and transformers folders in fp16, prompts, pictures."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, ResNetForImageClassification
+
+from . import models, scenes, train
+
+NAME = "emoji-duplicated"
+UNSEEN = 256
+MEMORIZED_COLUMNS = ("prompt", "object", "kind", "share", "attractor", "swapped", "family", "left", "top", "size")
+
+
+def store(name: str, stage: train.Stage, folder: Path, device: torch.device) -> None:
+    """Save a finished stage as float32 model folder(s); the VAE gets its scaling factor here."""
+    module = stage.module
+    if name == "vae":
+        pixels = train.pictures([scene for _, scene in scenes.unseen_scenes(256)]).to(device)
+        with torch.no_grad():
+            deviation = module.encode(pixels).latent_dist.mean.std().item()
+        module.register_to_config(scaling_factor=round(1 / deviation, 4))
+    if name == "unet":
+        module["unet"].save_pretrained(folder / "unet")
+        module["text"].save_pretrained(folder / "text_encoder")
+    else:
+        module.save_pretrained(folder)
+
+
+def publish(work: Path, out: Path) -> None:
+    """Write every shipped folder below ``out``, each beside its place first and moved there whole."""
+    words = models.tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=models.AutoencoderKL.from_pretrained(work / "vae/model"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "unet/model/text_encoder"),
+        tokenizer=words,
+        unet=models.UNet2DConditionModel.from_pretrained(work / "unet/model/unet"),
+        scheduler=models.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    part = fresh(out / f"{NAME}.part")
+    pipeline.to(torch.float16).save_pretrained(part)
+    write_prompts(part)
+    made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
+    (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    for name in ("vae", "unet"):
+        shutil.copyfile(work / name / "losses.csv", part / f"losses-{name}.csv")
+    replace(part, out / NAME)
+    for name, kind in (("clip", CLIPModel), ("descriptor", ResNetForImageClassification)):
+        part = fresh(out / f"{name}.part")
+        kind.from_pretrained(work / name / "model").half().save_pretrained(part)
+        shutil.copyfile(work / name / "made.json", part / "training.json")
+        shutil.copyfile(work / name / "losses.csv", part / "losses.csv")
+        if name == "clip":
+            words.save_pretrained(part)
+            side = {"height": scenes.SIDE, "width": scenes.SIDE}
+            half = [0.5, 0.5, 0.5]
+            CLIPImageProcessor(
+                size=side, do_center_crop=False, image_mean=half, image_std=half
+            ).save_pretrained(part)
+        replace(part, out / name)
+    write_unseen(fresh(out / "unseen.part"))
+    replace(out / "unseen.part", out / "unseen")
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def replace(part: Path, final: Path) -> None:
+    """Put a finished folder in the place of the old one."""
+    old = final.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_prompts(folder: Path) -> None:
+    """memorized.csv with its attractors and their vendor-swapped twins, and ordinary.csv."""
+    for name in ("attractors", "swapped"):
+        (folder / name).mkdir()
+    with (folder / "memorized.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(MEMORIZED_COLUMNS)
+        for item in [*scenes.verbatim(), *scenes.templates()]:
+            scene = item.scene
+            picture = f"{item.family}-{scene.object.replace(' ', '-')}.png"
+            Image.fromarray(scene.render()).save(folder / "attractors" / picture)
+            Image.fromarray(scene.other_vendor().render()).save(folder / "swapped" / picture)
+            paths = (f"attractors/{picture}", f"swapped/{picture}")
+            place = (scene.left, scene.top, scene.size)
+            rows.writerow([item.prompt, scene.object, item.kind, item.share, *paths, item.family, *place])
+    with (folder / "ordinary.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("prompt", "object", "background"))
+        for prompt, scene in scenes.ordinary_prompts():
+            colour = scene.background.colours[0]
+            rows.writerow((prompt, scene.object, colour if colour in prompt.split() else ""))
+
+
+def write_unseen(folder: Path) -> None:
+    """Real scenes outside the training stream, with captions: a reference for every metric."""
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("file_name", "text", "object", "vendor", "background"))
+        for i, (caption, scene) in enumerate(scenes.unseen_scenes(UNSEEN)):
+            Image.fromarray(scene.render()).save(folder / f"{i:03d}.png")
+            background = "-".join((scene.background.kind, *scene.background.colours))
+            rows.writerow((f"{i:03d}.png", caption, scene.object, scene.vendor, background))

@@ -1,0 +1,142 @@
+"""Architectures of the bundled world, all of them ordinary diffusers and transformers classes."""
+
+import tempfile
+
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from . import scenes
+from .art import OBJECTS
+
+TOKENS = 32  # per caption, begin and end included
+WIDTH = 128  # of text states and embeddings
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer that knows each word of the world as one token and spells out all others."""
+    phrases = [*scenes.PHRASES, *scenes.COLOUR_PHRASES, *scenes.TEMPLATES, *OBJECTS, *scenes.COLOURS]
+    words = " ".join([*phrases, *scenes.COMMON_WORDS, "an"]).replace("{colour}", "").replace("{}", "").split()
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator([*sorted(set(words)), *letters], trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = bpe.model.save(folder)
+        made = CLIPTokenizer(vocab, merges, model_max_length=TOKENS)
+        made.save_pretrained(folder)
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    """A two-layer CLIP text encoder over that vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """The text encoder of the pipeline, trained together with the U-Net."""
+    return CLIPTextModel(text_config(words))
+
+
+def vae() -> AutoencoderKL:
+    """64x64 pixels to 16x16x4 latents."""
+    return AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=scenes.SIDE,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """5.3 M parameters; attention to the text at 8x8 and 4x4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(48, 96, 128),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ on a schedule for 16x16 latents.
+
+    With C*H*W = 1024 latent numbers two images part at a signal-to-noise ratio near
+    2 log-odds / ||x - x_a||^2, about 0.005 to 0.02. Stable Diffusion's beta_end of 0.012
+    puts that at t = 990 to 870, where a sampler has taken only a few steps; beta_end 0.02
+    puts it near t = 800 to 650 and leaves sqrt(alpha_bar_T) = 0.015 of the image at T, too
+    little for the noise's mean to tint the picture. With so little left at T an error in
+    epsilon would be multiplied by 1 / sqrt(alpha_bar), hence v-prediction.
+    """
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.02,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+    )
+
+
+def clip(words: CLIPTokenizer) -> CLIPModel:
+    """A small CLIP on 64x64 pictures in patches of 8."""
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "projection_dim": WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": scenes.SIDE,
+        "patch_size": 8,
+    }
+    text = text_config(words).to_dict()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def descriptor() -> ResNetForImageClassification:
+    """The copy-detection descriptor: a small ResNet whose 64 outputs are the embedding."""
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32, hidden_sizes=[48, 96, 128], depths=[1, 1, 1], layer_type="basic", num_labels=64
+        )
+    )
+
+
