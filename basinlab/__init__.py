@@ -1,0 +1,34 @@
+"""basinlab: classifier-free guidance inside the attraction basin, step by step.
+
+A reproduction of Jain et al., "Classifier-Free Guidance inside the Attraction Basin May
+Cause Memorization", CVPR 2025 (arXiv 2411.16738). Data flows one way: a name gives a
+``Denoiser``; prompts, seeds and a guidance give a ``Trajectory``; metrics and plots read it.
+
+    denoiser = basinlab.load("emoji-duplicated")
+    run = basinlab.sample(denoiser, prompts, seeds, basinlab.ConstantGuidance(7.5))
+    run.images()
+"""
+
+import importlib
+
+from ._torchvision import ensure_importable
+
+ensure_importable()
+
+_HOMES = {
+    "models": ("Denoiser", "load", "known_names", "read_prompts", "read_pictures", "data_folder"),
+    "guidance": ("ConstantGuidance", "StaticTransitionPoint"),
+    "sampling": ("Trajectory", "sample"),
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = (*_HOMES, "basin", "metrics", "projection", "plotting", "experiment", "scorecard")
+__all__ = [*_WHERE, *_MODULES]
+
+
+def __getattr__(name: str):
+    """Import a module when it is first asked for: a cell pays only for what it uses."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"basinlab.{_WHERE[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"basinlab.{name}")
+    raise AttributeError(f"module 'basinlab' has no attribute {name!r}")

@@ -40,7 +40,7 @@ class Settings:
 
 SETTINGS = {
     "vae": Settings(steps=3000, batch=16, rate=1e-3),
-    "clip": Settings(steps=3500, batch=64, rate=1e-3),
+    "clip": Settings(steps=2500, batch=64, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=20000, batch=32, rate=1e-3, average=0.9995),
 }

@@ -1,0 +1,67 @@
+# Every target may be called again, and after an interruption: it does what is still missing.
+
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+IS_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
+FIRST_NOTEBOOK = $(firstword $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
+RECIPE_OPTIONS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(filter 1,$(SMOKE)),$(SMOKE_FOLDERS))
+SMOKE_FOLDERS := --smoke --work build/smoke/work --out build/smoke/data
+
+.DELETE_ON_ERROR:
+.PHONY: help setup figures test lab world lint clean
+
+help:
+	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
+	@echo "make figures  run the notebooks, write figures/   (some minutes each; it says how long)"
+	@echo "make test     lint, then the tests                (some minutes)"
+	@echo "make lab      open the notebooks in JupyterLab    (until you close it)"
+	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
+	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
+	@echo "make lint     ruff only                           (seconds)"
+	@echo "make clean    remove .venv and caches, not build/ (seconds)"
+
+setup: $(INSTALLED)
+	@echo "setup: .venv is ready"
+
+# The stamp is written last, so an interrupted install is done again. An environment that works is
+# kept and brought up to date; one that is half made, or made by another Python, is made anew.
+$(INSTALLED): pyproject.toml
+	@echo "setup: installing the versions of pyproject.toml into .venv (1 minute with a warm cache, else up to 10)"
+	@if ! { $(PY) $(IS_311) && $(PY) -m pip --version; } >/dev/null 2>&1; then \
+	    for python in python3.11 python3; do \
+	        if $$python $(IS_311) 2>/dev/null; then exec $$python -m venv --clear .venv; fi; \
+	    done; \
+	    echo "setup: needs Python 3.11, and neither python3.11 nor python3 is that" \
+	        "(found: $$(python3 --version 2>&1 || true)). Install it, or use conda: conda env create" >&2; \
+	    exit 1; \
+	fi
+	@$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+figures: $(INSTALLED)
+	@echo "figures: running the notebooks in order (some minutes each)"
+	@$(PY) notebooks/execute.py
+
+test: lint
+	@echo "test: running tests and doctests (some minutes)"
+	@$(PY) -m pytest
+
+lint: $(INSTALLED)
+	@echo "lint: checking with ruff (seconds)"
+	@$(PY) -m ruff check .
+
+lab: $(INSTALLED)
+	@echo "lab: opening $(or $(FIRST_NOTEBOOK),notebooks) in JupyterLab (Ctrl-C twice to close)"
+	@$(PY) -m jupyterlab $(or $(FIRST_NOTEBOOK),notebooks)
+
+world: $(INSTALLED)
+	@echo "world: training the bundled models" \
+	    "($(if $(filter 1,$(SMOKE)),toy size into build/smoke: about 3 minutes,hours on a CPU or minutes on a GPU; stop it and call again to go on))"
+	@PYTHONPATH=.:data $(PY) -m recipe $(RECIPE_OPTIONS)
+
+# build/ stays: it may hold hours of training.
+clean:
+	@echo "clean: removing .venv and caches; build/ stays, it may hold hours of training (seconds)"
+	@rm -rf .venv .pytest_cache .ruff_cache *.egg-info build/smoke
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""A grid prompt x seed x guidance -> one tidy table, one row a sample, resumable.
+
+The table is kept in parts, one parquet file per guidance and block of prompts, each written
+beside its place and moved there, with the weights' fingerprint and the settings inside: a
+killed run goes on with the missing parts, and a part of other weights or settings is named
+instead of being mixed in.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers.guiders import BaseGuidance
+from tqdm.auto import tqdm
+
+from . import metrics
+from .guidance import ConstantGuidance, StaticTransitionPoint
+from .models import Denoiser, data_folder, read_pictures, read_prompts
+from .sampling import Trajectory, initial_noise, sample
+
+
+def _describe(guidance: BaseGuidance) -> dict:
+    config = {k: v for k, v in guidance.config.items() if not k.startswith("_")}
+    return {"guider": type(guidance).__name__, **config}
+
+
+def _read(path: Path, expected: dict) -> pd.DataFrame:
+    """A part, after checking that it belongs to this grid."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error
+    found = json.loads((table.schema.metadata or {}).get(b"basinlab", b"{}"))
+    different = [key for key in expected if found.get(key) != expected[key]]
+    if different:
+        raise ValueError(f"{path} was made with another {', '.join(different)}: delete it, or give another folder")
+    return table.to_pandas()
+
+
+def _write(table: pd.DataFrame, path: Path, settings: dict) -> None:
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"basinlab": json.dumps(settings).encode()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(arrow, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def measured(run: Trajectory, prompts: pd.DataFrame, judges: "Judges") -> pd.DataFrame:
+    """One row a sample of ``run``: what became of it.
+
+    ``prompts`` has one row a sample with at least ``prompt`` and ``object``. Columns of the result
+    beside those of ``prompts``: seed; distance and layout similarity to the own attractor, where
+    there is one; to_duplicates, the distance to every duplicated scene; seen, the object that CLIP
+    names; object_right; saturated; background_rgb and noise_mean; magnitude, over the steps (NaN
+    where not measured); calls.
+    """
+    pictures = run.images()
+    features = judges.distance.features(pictures)
+    table = prompts.reset_index(drop=True).copy()
+    table["seed"] = run.seeds
+    table["to_duplicates"] = (1 - features @ judges.duplicates.T).tolist()
+    if "attractor" in prompts:
+        wanted = read_pictures(prompts["attractor"])
+        table["distance"] = 1 - (features * judges.distance.features(wanted)).sum(dim=1)
+        boxes = [metrics.Box(*row) for row in prompts[["left", "top", "size"]].itertuples(index=False)]
+        table["layout"] = metrics.layout_similarity(pictures, wanted, boxes)
+    table["seen"] = [judges.names[i] for i in judges.alignment.classify(pictures, judges.names).tolist()]
+    table["object_right"] = table["seen"] == table["object"]
+    table["saturated"] = metrics.saturated_share(pictures)
+    table["background_rgb"] = metrics.background_colour(pictures).tolist()
+    table["noise_mean"] = initial_noise(run.denoiser, run.seeds).mean(dim=(2, 3)).tolist()
+    table["magnitude"] = run.guidance_magnitude.tolist()
+    table["calls"] = run.network_calls
+    return table
+
+
+class Judges:
+    """What looks at pictures: the distance D, CLIP, all object names and all duplicated scenes."""
+
+    def __init__(self, scenario: str, device: str | torch.device = "cpu"):
+        memorized, ordinary = read_prompts(scenario, "memorized"), read_prompts(scenario, "ordinary")
+        self.distance, self.alignment = metrics.CopyDistance(device=device), metrics.Alignment(device=device)
+        self.names = sorted({*memorized["object"], *ordinary["object"]})
+        verbatim = memorized[memorized["kind"] == "verbatim"]
+        self.duplicates = self.distance.features(read_pictures(verbatim["attractor"]))
+
+
+def run_grid(
+    denoiser: Denoiser,
+    prompts: pd.DataFrame,
+    seeds: Sequence[int],
+    guidances: Mapping[str, BaseGuidance],
+    judges: Judges,
+    folder: str | Path,
+    *,
+    steps: int = 50,
+    measure: Sequence[str] = (),
+    block: int = 16,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Sample ``prompts`` x ``seeds`` under every guidance and judge the pictures; resumes from ``folder``.
+
+    Args:
+        prompts: a table of `read_prompts`.
+        guidances: name -> diffusers guider; the name becomes the column ``guidance``.
+        measure: names of guidances whose magnitude is measured at every step.
+        block: prompts in one part.
+
+    Raises ValueError or OSError when a part in ``folder`` has other settings or is damaged.
+    """
+    folder, tables = Path(folder), []
+    blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
+    with tqdm(total=len(blocks) * len(guidances), unit="part", disable=not progress) as bar:
+        for name, guidance in guidances.items():
+            for number, rows in enumerate(blocks):
+                settings = {
+                    "weights": denoiser.fingerprint(),
+                    "guidance": _describe(guidance),
+                    "prompts": rows["prompt"].tolist(),
+                    "seeds": list(seeds),
+                    "steps": steps,
+                    "dtype": str(denoiser.dtype),
+                }
+                path = folder / f"{name}-{number:02d}.parquet"
+                if path.exists():
+                    part = _read(path, settings)
+                else:
+                    run = sample(
+                        denoiser,
+                        rows["prompt"].tolist(),
+                        seeds,
+                        guidance,
+                        steps=steps,
+                        record=False,
+                        measure=name in measure,
+                        progress=False,
+                    )
+                    repeated = rows.loc[rows.index.repeat(len(seeds))]
+                    part = measured(run, repeated, judges).drop(columns=["attractor", "swapped"], errors="ignore")
+                    _write(part, path, settings)
+                tables.append(part.assign(guidance=name))
+                bar.update()
+    return pd.concat(tables, ignore_index=True)
+
+
+STARTS = (900, 800, 750, 700, 650, 600, 500, 400, 300, 200)
+
+
+def read_scenario(name: str) -> dict:
+    """The measured settings of a bundled checkpoint: guidance_scale, late_start, and why (``reason``)."""
+    return json.loads((data_folder() / name / "scenario.json").read_text())
+
+
+def evaluate(denoiser: Denoiser, parts: str | Path, *, progress: bool = True) -> pd.DataFrame:
+    """All samples that the claims about a bundled checkpoint rest on; column ``group`` says which they are.
+
+    * memorized: 48 verbatim prompts x 8 seeds under CFG from T ("cfg"), CFG late ("late"), unguided ("none");
+    * sweep: the same prompts x 4 seeds, one guidance a start time ("start-700", ...; column ``start``);
+    * ordinary: 96 prompts x 4 seeds, "cfg" and "none";
+    * calibration: the same prompts x 2 other seeds, "cfg", for the ball's radius only;
+    * template: 96 prompts x 2 seeds, "cfg".
+
+    Resumes from ``parts``; about 300,000 network predictions in all.
+    """
+    settings, judges = read_scenario(denoiser.name), Judges(denoiser.name, denoiser.device)
+    scale, late = settings["guidance_scale"], settings["late_start"]
+    memorized, ordinary = read_prompts(denoiser.name, "memorized"), read_prompts(denoiser.name, "ordinary")
+    verbatim, template = (memorized[memorized["kind"] == kind] for kind in ("verbatim", "template"))
+    always, never = ConstantGuidance(scale), ConstantGuidance(0.0)
+    sweep = {f"start-{t}": StaticTransitionPoint(t, scale) for t in STARTS}
+    plan = {
+        "memorized": (verbatim, range(8), {"cfg": always, "late": StaticTransitionPoint(late, scale), "none": never}),
+        "ordinary": (ordinary, range(4), {"cfg": always, "none": never}),
+        "calibration": (ordinary, range(4, 6), {"cfg": always}),
+        "template": (template, range(2), {"cfg": always}),
+        "sweep": (verbatim, range(4), sweep),
+    }
+    tables = []
+    for group, (prompts, seeds, guidances) in plan.items():
+        if progress:
+            print(f"{group}: {len(prompts)} prompts x {len(seeds)} seeds x {len(guidances)} guidances", flush=True)
+        folder = Path(parts) / group
+        table = run_grid(
+            denoiser, prompts, seeds, guidances, judges, folder, measure=("none",), block=24, progress=progress
+        )
+        tables.append(table.assign(group=group))
+    table = pd.concat(tables, ignore_index=True)
+    table["start"] = pd.to_numeric(table["guidance"].str.removeprefix("start-"), errors="coerce")
+    return table
+
+
+def evaluation_path(name: str) -> Path:
+    """Where the evaluation of a bundled checkpoint is kept."""
+    return data_folder() / name / "evaluation.parquet"
+
+
+def write_evaluation(denoiser: Denoiser, table: pd.DataFrame) -> Path:
+    """Keep an evaluation beside its checkpoint, with the fingerprint of the weights inside."""
+    path = evaluation_path(denoiser.name)
+    _write(table, path, {"weights": denoiser.fingerprint()})
+    return path
+
+
+def read_evaluation(denoiser: Denoiser) -> pd.DataFrame:
+    """The kept evaluation; raises ValueError when it was made with other weights, OSError when damaged."""
+    return _read(evaluation_path(denoiser.name), {"weights": denoiser.fingerprint()})

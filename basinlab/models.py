@@ -1,0 +1,207 @@
+"""From a name to a denoiser.
+
+``load`` reads a diffusers StableDiffusionPipeline folder, bundled or not, and gives a
+``Denoiser``: Definition 1 of the paper, phi(x, t, e), with what belongs around it (text
+encoder, decoder, noise schedule). Everything downstream sees only this class.
+
+Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width.
+Timesteps are those of the training schedule, from T - 1 = 999 down to 0.
+"""
+
+import csv
+import json
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def data_folder() -> Path:
+    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package."""
+    return Path(os.environ.get("BASINLAB_DATA", Path(__file__).resolve().parents[1] / "data"))
+
+
+def known_names() -> list[str]:
+    """Names of the bundled checkpoints."""
+    return sorted(path.parent.name for path in data_folder().glob("*/model_index.json"))
+
+
+@dataclass
+class Denoiser:
+    """phi: X x (0, T] x E -> X (paper, Definition 1), with the parts that turn words and latents around.
+
+    Calling it gives the network's prediction in the kind (``epsilon`` or ``v_prediction``) that its
+    scheduler takes; ``guidance_magnitude`` and ``predicted_clean`` convert where the paper's
+    quantities are meant.
+    """
+
+    name: str
+    folder: Path
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def fingerprint(self) -> str:
+        """The first 16 digits of the SHA-256 of all weights in the checkpoint's folder: which weights these are."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return (self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
+
+    @property
+    def train_timesteps(self) -> int:
+        """T, the length of the training schedule."""
+        return self.scheduler.config.num_train_timesteps
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Text states of ``prompts``, [B, L, E]; "" is the empty prompt of the unconditional prediction.
+
+        Warns, naming the words that are cut, when a prompt is longer than the text encoder takes.
+        """
+        length = self.tokenizer.model_max_length
+        for prompt in dict.fromkeys(prompts):
+            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > length:
+                cut = self.tokenizer.decode(ids[length - 1 : -1])
+                warnings.warn(
+                    f"the text encoder takes {length - 2} tokens; of {prompt!r} this is cut: {cut!r}", stacklevel=2
+                )
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            return self.text_encoder(tokens.input_ids.to(self.device))[0]
+
+    def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
+        """The network's prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E]."""
+        with torch.inference_mode():
+            return self.unet(latents, timestep, encoder_hidden_states=embedding, return_dict=False)[0]
+
+    def _alpha_bar(self, timestep: int | Tensor) -> Tensor:
+        return self.scheduler.alphas_cumprod[int(timestep)].to(self.device)
+
+    def guidance_magnitude(self, conditional: Tensor, unconditional: Tensor, timestep: int | Tensor) -> Tensor:
+        """||eps_c - eps_u||_2 per sample, [B] (paper, section on transition points).
+
+        Always of epsilon: for v-prediction eps_c - eps_u = sqrt(alpha_bar_t) (v_c - v_u).
+        """
+        norm = (conditional.float() - unconditional.float()).flatten(1).norm(dim=1)
+        return norm * self._alpha_bar(timestep).sqrt() if self.predicts_v else norm
+
+    @property
+    def predicts_v(self) -> bool:
+        """Whether the network predicts v (Salimans and Ho 2022) rather than epsilon."""
+        return self.scheduler.config.prediction_type == "v_prediction"
+
+    def predicted_clean(self, latents: Tensor, prediction: Tensor, timestep: int | Tensor) -> Tensor:
+        """The clean latents that ``prediction`` at ``latents`` implies, [B, C, H, W]."""
+        alpha_bar = self._alpha_bar(timestep)
+        if self.predicts_v:
+            return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * prediction
+        return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+
+    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+        """Pictures [B, 3, height, width] float32 in 0..1, on the CPU."""
+        with torch.inference_mode():
+            parts = [
+                self.vae.decode(part.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+                for part in latents.split(batch_size)
+            ]
+            return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).cpu()
+
+    def encode(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
+        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
+        with torch.inference_mode():
+            parts = [
+                self.vae.encode(part.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mean
+                for part in pictures.split(batch_size)
+            ]
+            return torch.cat(parts).float().cpu() * self.vae.config.scaling_factor
+
+
+def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
+    """The denoiser called ``name``: a bundled checkpoint, or the folder of a Stable Diffusion pipeline.
+
+    Raises:
+        ValueError: no such name (the known ones are listed), or the folder is not such a pipeline.
+        OSError: a weight file is missing, truncated or corrupt; the message names the folder.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = data_folder() / name
+    if not folder.is_dir():
+        raise ValueError(
+            f"no checkpoint {name!r}: it is neither a folder nor one of the bundled {known_names()} in {data_folder()}"
+        )
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"{folder} has no model_index.json, so it is no diffusers pipeline; "
+            "give the folder that StableDiffusionPipeline.save_pretrained wrote"
+        )
+    try:
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"{folder} holds a {kind}, not a StableDiffusionPipeline")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+        )
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"a file of the checkpoint in {folder} is missing, truncated or corrupt ({error}); "
+            "restore that folder, for a bundled one with `git checkout -- data`"
+        ) from error
+    pipeline.to(device)
+    return Denoiser(
+        name=folder.name,
+        folder=folder,
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder.eval(),
+        unet=pipeline.unet.eval(),
+        vae=pipeline.vae.eval(),
+        scheduler=pipeline.scheduler,
+    )
+
+
+def read_prompts(name: str, kind: str) -> pd.DataFrame:
+    """The table ``kind`` ("memorized" or "ordinary") of a bundled checkpoint, one row a prompt.
+
+    Paths of pictures in it are made absolute. Raises ValueError when there is no such table.
+    """
+    path = data_folder() / name / f"{kind}.csv"
+    if not path.exists():
+        tables = sorted(p.stem for p in path.parent.glob("*.csv"))
+        raise ValueError(f"{name!r} has no table {kind!r} ({path} is missing); it has {tables}")
+    table = pd.read_csv(path, keep_default_na=False, quoting=csv.QUOTE_MINIMAL)
+    for column in {"attractor", "swapped"} & set(table.columns):
+        table[column] = [str(path.parent / relative) for relative in table[column]]
+    return table
+
+
+def read_pictures(paths: Sequence[str | Path]) -> Tensor:
+    """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB"), np.float32) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255

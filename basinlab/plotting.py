@@ -1,0 +1,193 @@
+"""Every picture of the notebooks. Plots take a result, compute nothing, and return a Figure.
+
+One theme and one palette (seaborn's colour-blind safe one); the same thing has the same
+colour everywhere (``COLOURS``). ``save`` writes a figure as PDF, PNG and CSV with an entry in
+manifest.json that says what it was made from.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_PALETTE = sns.color_palette("colorblind")
+COLOURS = {
+    "memorized, CFG": _PALETTE[3],
+    "memorized, CFG late": _PALETTE[1],
+    "memorized, no CFG": _PALETTE[0],
+    "ordinary, CFG": _PALETTE[2],
+    "ordinary, no CFG": _PALETTE[4],
+    "other artist's scene": _PALETTE[8],
+    0.6: _PALETTE[9],
+    0.8: _PALETTE[0],
+    0.95: _PALETTE[4],
+}
+VERSIONS = ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")
+
+
+def use_theme() -> None:
+    """The collection's look: call once at the top of a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 160,
+            "pdf.fonttype": 42,  # text stays text in the PDF
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping, folder: str | Path = "../figures") -> None:
+    """Write ``figure`` as NAME.pdf and NAME.png and ``data`` as NAME.csv; note ``inputs`` in manifest.json.
+
+    ``inputs`` says what the figure shows: weights (`Denoiser.fingerprint`), prompts, seeds, guidance.
+    Raises OSError when the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix in (".pdf", ".png"):
+            metadata = {"CreationDate": None} if suffix == ".pdf" else {}
+            figure.savefig(folder / f"{name}.part{suffix}", bbox_inches="tight", metadata=metadata)
+            os.replace(folder / f"{name}.part{suffix}", folder / f"{name}{suffix}")
+        data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
+        manifest = folder / "manifest.json"
+        entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+        entries[name] = {**inputs, **_circumstances()}
+        manifest.with_suffix(".part").write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+        os.replace(manifest.with_suffix(".part"), manifest)
+    except OSError as error:
+        raise OSError(f"cannot write figure {name!r} to {folder.resolve()}: {error.strerror or error}") from error
+
+
+def _circumstances() -> dict:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "versions": {package: version(package) for package in VERSIONS},
+        "commit": git.stdout.strip() or "not a git checkout",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def picture_grid(
+    pictures: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str] | None = None,
+    framed: Tensor | None = None,
+    left: Tensor | None = None,
+    left_title: str = "training\nimage",
+) -> Figure:
+    """Pictures [R, N, 3, h, w], a label per row; ``framed`` [R, N] marks memorized ones in red.
+
+    ``left`` [R, 3, h, w] puts a reference (the attractor) before each row.
+    """
+    count, width = pictures.shape[:2]
+    offset = 0 if left is None else 1
+    figure, axes = plt.subplots(
+        count, width + offset, figsize=(1.15 * (width + offset) + 1.6, 1.25 * count + 0.3), squeeze=False
+    )
+    for r in range(count):
+        for n in range(width + offset):
+            axis = axes[r, n]
+            shown = left[r] if offset and n == 0 else pictures[r, n - offset]
+            axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            memorized = framed is not None and n >= offset and bool(framed[r, n - offset])
+            for spine in axis.spines.values():
+                spine.set(visible=memorized, color=COLOURS["memorized, CFG"], linewidth=3)
+        axes[r, 0].set_ylabel(rows[r], rotation=0, ha="right", va="center", fontsize=9)
+    if offset:
+        axes[0, 0].set_title(left_title, fontsize=9)
+    for n, title in enumerate(columns or []):
+        axes[0, n + offset].set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def funnel(projections: Mapping[str, "Projection"]) -> Figure:  # noqa: F821
+    """Trajectories in space and time, one panel a condition: position across, timestep downwards.
+
+    Every line is one seed; all panels share their axes, so widths can be compared.
+    """
+    figure = plt.figure(figsize=(4.2 * len(projections), 4.8))
+    everything = np.concatenate([p.coordinates.reshape(-1, 2) for p in projections.values()])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    for i, (name, projection) in enumerate(projections.items()):
+        axis = figure.add_subplot(1, len(projections), i + 1, projection="3d")
+        for line in projection.coordinates:
+            axis.plot(line[:, 0], line[:, 1], projection.timesteps, color=COLOURS[name], alpha=0.55, linewidth=1)
+            axis.scatter(*line[-1], projection.timesteps[-1], color=COLOURS[name], s=14)
+        axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(0, 1000), title=name)
+        axis.set(xticklabels=[], yticklabels=[])
+        axis.set_zlabel("timestep t")
+        axis.view_init(elev=12, azim=-60)
+    figure.suptitle(f"sampling runs downwards in time, projected by {next(iter(projections.values())).method}", y=0.98)
+    figure.tight_layout()
+    return figure
+
+
+def curves(table: pd.DataFrame, ylabel: str, title: str = "") -> Figure:
+    """Lines with intervals over the timestep; columns name, t, value, low, high. Time runs to the right."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    for name, part in table.groupby("name", sort=False):
+        axis.plot(part["t"], part["value"], color=COLOURS[name], label=name)
+        axis.fill_between(part["t"], part["low"], part["high"], color=COLOURS[name], alpha=0.2, linewidth=0)
+    axis.set(xlabel="timestep t", ylabel=ylabel, title=title, xlim=(1000, 0), ylim=(0, None))
+    axis.legend()
+    figure.tight_layout()
+    return figure
+
+
+def capture_curve(table: pd.DataFrame, by: str = "share") -> Figure:
+    """Share of samples inside the ball over the start of CFG; columns start, ``by``, share_inside, low, high."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    for name, part in table.groupby(by):
+        errors = np.clip([part["inside"] - part["low"], part["high"] - part["inside"]], 0, None)
+        axis.errorbar(part["start"], part["inside"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
+    axis.set(xlabel="CFG starts at timestep", ylabel="share inside the ball", xlim=(1020, 80), ylim=(-0.03, 1.03))
+    axis.legend(title="duplicate's share")
+    figure.tight_layout()
+    return figure
+
+
+def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataFrame) -> Figure:
+    """Distances to the attractor by group, with the ball's radius, beside the ROC of "distance <= radius"."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    top = max(float(d.max()) for d in distances.values())
+    for name, values in distances.items():
+        left.hist(values, np.linspace(0, top, 60), density=True, color=COLOURS[name], alpha=0.55, label=name)
+    left.axvline(radius, color="black", linestyle="--", label=f"radius {radius:.3f}")
+    left.set(xlabel="distance D to the attractor", ylabel="density", yscale="symlog")
+    left.legend(fontsize=9)
+    right.plot(curve["false_positive"].clip(1e-5), curve["true_positive"], color="black")
+    right.axvline(1e-3, color="gray", linestyle=":", label="0.1 % false positives")
+    right.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate", ylim=(0, 1.03))
+    right.legend(loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def per_prompt(table: pd.DataFrame) -> Figure:
+    """Capture probability of every prompt with its interval; columns prompt, group, share, low, high."""
+    table = table.sort_values(["group", "share"]).reset_index(drop=True)
+    figure, axis = plt.subplots(figsize=(10, 3.8))
+    for name, part in table.groupby("group"):
+        errors = np.clip([part["share"] - part["low"], part["high"] - part["share"]], 0, None)
+        axis.errorbar(part.index, part["share"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
+    axis.set(xlabel="prompt", ylabel="capture probability", xticks=[], ylim=(-0.03, 1.03))
+    axis.legend(title="duplicate's share", loc="lower left")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,106 @@
+"""Execute the notebooks in order, each replaced only once all of it ran: ``make figures``.
+
+    python notebooks/execute.py                                   # all of them, in place
+    python notebooks/execute.py 01_basin_observation.ipynb        # some, by name or path
+    python notebooks/execute.py --out /tmp/executed               # copies, the originals untouched
+
+Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
+that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took:
+the next run estimates from it.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient.exceptions import DeadKernelError
+from papermill import execute_notebook
+from papermill.exceptions import PapermillExecutionError
+
+HERE = Path(__file__).resolve().parent
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+KERNEL = "python3"
+QUIET = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it talks over local TCP
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds: ``clock(75) == "1:15"``."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def seconds_last_time(notebook: nbformat.NotebookNode) -> int | None:
+    """What the last run left in the metadata."""
+    return notebook.metadata.get("basinlab", {}).get("seconds")
+
+
+def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
+    """The executed notebook as text, without what differs between equal runs."""
+    before = seconds_last_time(notebook)
+    if before is None or abs(seconds - before) > max(2, before / 4):  # noise in timing is no news
+        notebook.metadata["basinlab"] = {"seconds": round(seconds)}
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": KERNEL}
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+    text = nbformat.writes(notebook)
+    # Widgets come with random ids; numbered in order of creation, they are the same every time.
+    widgets = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    if numbers := {name: f"{number:032x}" for number, name in enumerate(widgets)}:
+        text = re.sub("|".join(numbers), lambda match: numbers[match[0]], text)
+        text = nbformat.writes(nbformat.reads(text, as_version=4))  # sorted by the new ids
+    return text + "\n"
+
+
+def execute(source: nbformat.NotebookNode, target: Path) -> float:
+    """Run ``source`` from top to bottom in the notebooks folder, write it to ``target``; the seconds it took."""
+    source.metadata.pop("widgets", None)  # else last run's widgets pile up when a notebook has none any more
+    start = time.monotonic()
+    executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=HERE, progress_bar=False, extra_arguments=QUIET)
+    seconds = time.monotonic() - start
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(tidy(executed, seconds), encoding="utf-8")
+    os.replace(partial, target)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="names or paths (default: all that begin NN_)")
+    parser.add_argument("--out", type=Path, help="write executed copies into this folder, not in place")
+    options = parser.parse_args()
+    paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
+    paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
+    if missing := [path.name for path in paths if not path.exists()]:
+        parser.error(f"no notebook {', '.join(missing)} in {HERE}")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    sources = [nbformat.read(path, as_version=4) for path in paths]
+    ahead = [seconds_last_time(source) for source in sources]
+    begin = time.monotonic()
+    for number, (path, source) in enumerate(zip(paths, sources, strict=True), start=1):
+        last = "not timed yet" if ahead[number - 1] is None else f"{clock(ahead[number - 1])} last time"
+        print(f"[{number}/{len(paths)}] {path.name} ({last})", end=" ... ", flush=True)
+        try:
+            seconds = execute(source, (options.out or path.parent) / path.name)
+        except PapermillExecutionError as error:
+            print(f"failed\n{error}", flush=True)  # the traceback
+            sys.exit(f"{path.name}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}\n{path} is as it was")
+        except DeadKernelError:
+            sys.exit(f"failed\n{path.name}: its kernel died, often for want of memory; {path} is as it was")
+        except KeyboardInterrupt:
+            sys.exit(f"stopped; {path} is as it was")
+        left = "time left unknown" if None in ahead[number:] else f"about {clock(sum(ahead[number:]))} left"
+        print(f"took {clock(seconds)}, {clock(time.monotonic() - begin)} elapsed, {left}", flush=True)
+    print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; the figures lie in {HERE.parent / 'figures'}")
+
+
+if __name__ == "__main__":
+    main()

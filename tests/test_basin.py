@@ -1,0 +1,177 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from basinlab import basin
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 1), (1, 1), (0, 8), (3, 8), (8, 8), (384, 768), (1, 1000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_wilson_interval_agrees_with_scipy(successes, trials, confidence):
+    expected = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    low, high = basin.wilson_interval(successes, trials, confidence)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("trials", [8, 48, 384])
+def test_wilson_interval_covers_the_truth_as_often_as_it_says(trials):
+    rng = np.random.default_rng(trials)
+    truth = rng.uniform(size=40_000)
+    low, high = basin.wilson_interval(rng.binomial(trials, truth), np.full(len(truth), trials))
+    assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.95, abs=0.01)
+
+
+def test_bootstrap_interval_is_reproducible_and_follows_its_seed():
+    values = np.random.default_rng(0).normal(size=30)
+    assert basin.bootstrap_interval(values, seed=1) == basin.bootstrap_interval(values, seed=1)
+    assert basin.bootstrap_interval(values, seed=1) != basin.bootstrap_interval(values, seed=2)
+
+
+@pytest.mark.parametrize("statistic", [np.mean, np.median])
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic):
+    rng = np.random.default_rng(0)
+    intervals = [basin.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
+    covered = np.mean([low <= 5 <= high for low, high in intervals])
+    assert 0.88 <= covered <= 0.99
+
+
+def test_bootstrap_interval_resamples_rows():
+    rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
+    low, high = basin.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean())
+    assert low == high == 10.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.05, 0.25])
+def test_ball_is_the_largest_that_keeps_the_rate_on_every_set(seed, rate):
+    rng = np.random.default_rng(seed)
+    draw = (lambda n: rng.gamma(2.0, size=n)) if seed % 2 else (lambda n: rng.integers(1, 6, n) / 4)  # ties
+    negatives = {name: torch.tensor(draw(rng.integers(1, 3000)), dtype=torch.float32) for name in "abc"}
+    ball = basin.calibrate_ball(negatives, rate)
+    larger = np.nextafter(np.float32(ball.radius), np.float32(np.inf))
+    share = lambda radius: [(d <= float(radius)).double().mean().item() for d in negatives.values()]  # noqa: E731
+    assert max(share(ball.radius)) <= rate < max(share(larger))
+    assert ball.negatives == {name: len(d) for name, d in negatives.items()}
+
+
+def test_ball_takes_double_precision_distances():
+    ball = basin.calibrate_ball({"a": torch.tensor([0.5, 0.7], dtype=torch.float64)})
+    assert 0.4999 < ball.radius < 0.5
+
+
+@pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [float("inf")]])
+def test_ball_refuses_negatives_it_cannot_calibrate_on(bad):
+    with pytest.raises(ValueError, match="'swapped'.*at least one distance, all finite"):
+        basin.calibrate_ball({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
+
+
+@pytest.fixture(params=["continuous", "tied"])
+def scored(request):
+    """Distances of copies and of others."""
+    rng = np.random.default_rng(3)
+    near, far = rng.gamma(2, size=60), rng.gamma(4, size=90)
+    if request.param == "tied":
+        near, far = near.round(), far.round()
+    return torch.tensor(near), torch.tensor(far)
+
+
+def test_roc_agrees_with_sklearn(scored):
+    near, far = scored
+    labels = np.r_[np.ones(len(near)), np.zeros(len(far))]
+    false, true, _ = roc_curve(labels, -np.r_[near, far], drop_intermediate=False)
+    table = basin.roc(near, far)
+    np.testing.assert_allclose(table[["false_positive", "true_positive"]], np.c_[false, true][1:])
+
+
+def test_auc_agrees_with_sklearn(scored):
+    near, far = scored
+    labels = np.r_[np.zeros(len(near)), np.ones(len(far))]
+    assert basin.auc(far, near) == pytest.approx(roc_auc_score(labels, np.r_[near, far]), abs=1e-12)
+
+
+class Euclidean:
+    """A distance with pictures for features."""
+
+    def pairs(self, a, b):
+        return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+
+    def __call__(self, a, b):
+        return (a - b).flatten(1).norm(dim=1)
+
+
+def test_outcomes_put_each_sample_beside_its_attractor():
+    run = SimpleNamespace(prompts=["a", "a", "b"], seeds=[0, 1, 0], images=lambda: torch.zeros(3, 3, 2, 2))
+    attractors = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 2, 2)
+    table = basin.outcomes(run, attractors, Euclidean(), basin.Ball(2.0, 0.001, {}))
+    assert table[["prompt", "seed", "inside"]].values.tolist() == [["a", 0, True], ["a", 1, True], ["b", 0, False]]
+    np.testing.assert_allclose(table.distance, np.sqrt(12) * np.array([0, 0.5, 1]), rtol=1e-6)
+
+
+def test_capture_probability_counts_each_group_with_its_interval():
+    table = pd.DataFrame({"prompt": ["b"] * 4 + ["a"] * 2, "inside": [True, True, True, False, False, False]})
+    result = basin.capture_probability(table).set_index("prompt")
+    assert result.index.tolist() == ["b", "a"]
+    assert result[["n", "share"]].values.tolist() == [[4, 0.75], [2, 0.0]]
+    for prompt, successes, n in (("b", 3, 4), ("a", 0, 2)):
+        expected = binomtest(successes, n).proportion_ci(method="wilson")
+        assert tuple(result.loc[prompt, ["low", "high"]]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_capture_probability_groups_by_several_columns():
+    table = pd.DataFrame({"kind": list("xxyy"), "start": [1, 2, 1, 1], "escaped": [True, False, True, False]})
+    result = basin.capture_probability(table, ["kind", "start"], of="escaped")
+    assert result[["kind", "start", "n", "share"]].values.tolist() == [["x", 1, 1, 1.0], ["x", 2, 1, 0.0], ["y", 1, 2, 0.5]]
+
+
+def points(*values):
+    return torch.tensor(values)[:, None, None, None]
+
+
+def test_attractor_is_the_medoid_and_its_ball_leaves_the_stray_out():
+    found = basin.estimate_attractor(points(0.0, 1.0, 1.5, 2.25, 9.0), Euclidean(), delta=0.2)
+    assert (found.index, found.epsilon) == (2, 1.5)
+
+
+@pytest.mark.parametrize("count", [4, 8, 10, 33])
+@pytest.mark.parametrize("delta", [0.0, 0.1, 0.25])
+def test_attractors_ball_is_the_smallest_that_holds_all_but_delta(count, delta):
+    pictures = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(count))
+    found = basin.estimate_attractor(pictures, Euclidean(), delta)
+    distances = Euclidean().pairs(pictures, pictures)[found.index]
+    assert (distances <= found.epsilon).double().mean() >= 1 - delta - 1e-9
+    assert (distances < found.epsilon).double().mean() < 1 - delta
+
+
+TIMES = torch.tensor([900, 700, 500, 300, 100])
+
+
+@pytest.mark.parametrize(
+    "curve, expected",
+    [
+        ([5, 3, 1, 2, 4], 500),
+        ([5, 1, 2, 0, 4], 700),  # the first, not the deepest
+        ([1, 5, 4, 3, 4], 300),  # the start is no interior minimum
+        ([5, 2, 2, 3, 4], 700),  # a flat valley counts from its first step
+        ([5, 4, 3, 2, 1], float("nan")),
+        ([1, 2, 3, 4, 5], float("nan")),
+        ([2, 2, 2, 2, 2], float("nan")),
+    ],
+)
+def test_first_local_minimum(curve, expected):
+    found = basin.first_local_minimum(torch.tensor([curve], dtype=torch.float32), TIMES)
+    assert found.tolist() == pytest.approx([expected], nan_ok=True)
+
+
+def test_first_local_minimum_is_found_per_sample():
+    curves = torch.tensor([[5.0, 3, 1, 2, 4], [5, 4, 3, 2, 1], [5, 4, 3, 1, 4]])
+    assert basin.first_local_minimum(curves, TIMES).tolist() == pytest.approx([500, float("nan"), 300], nan_ok=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_too_few_steps_for_an_interior_minimum_give_nan(steps):
+    assert basin.first_local_minimum(torch.ones(3, steps), TIMES[:steps]).isnan().tolist() == [True] * 3

@@ -1,0 +1,104 @@
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+import basinlab
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty data folder in the place of the bundled one."""
+    monkeypatch.setenv("BASINLAB_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_bundled_checkpoint_is_found_by_name(data, tiny_folder):
+    shutil.copytree(tiny_folder, data / "world")
+    assert basinlab.known_names() == ["world"]
+    assert basinlab.load("world").latent_shape == (4, 16, 16)
+
+
+def test_unknown_name_lists_the_known_ones(data, tiny_folder):
+    shutil.copytree(tiny_folder, data / "world")
+    with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*\['world'\]"):
+        basinlab.load("wrold")
+
+
+def test_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json.*save_pretrained"):
+        basinlab.load(str(tmp_path))
+
+
+def test_folder_of_another_pipeline_is_refused(tmp_path):
+    unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DDPMPipeline, not a StableDiffusionPipeline"):
+        basinlab.load(str(tmp_path))
+
+
+WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_truncated_weights_name_the_folder_and_the_cure(tmp_path, tiny_folder, weights):
+    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
+    path = folder / f"{weights}.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(OSError, match=f"{folder} is missing, truncated or corrupt.*git checkout"):
+        basinlab.load(str(folder))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_missing_weights_name_the_folder_and_the_cure(tmp_path, tiny_folder, weights):
+    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
+    (folder / f"{weights}.safetensors").unlink()
+    with pytest.raises(OSError, match=f"{folder} is missing, truncated or corrupt"):
+        basinlab.load(str(folder))
+
+
+def test_words_beyond_the_text_encoder_are_named(tiny):
+    fits = " ".join(["tomato"] * 30)
+    with pytest.warns(UserWarning, match="takes 30 tokens.*this is cut: 'owl frog'"):
+        cut = tiny.embed([f"{fits} owl frog"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = tiny.embed([fits])
+    torch.testing.assert_close(cut, whole)
+
+
+def test_sampling_passes_the_warning_on(tiny):
+    with pytest.warns(UserWarning, match="this is cut: 'owl'"):
+        basinlab.sample(tiny, " ".join(["tomato"] * 30 + ["owl"]), 0, steps=1, progress=False)
+
+
+def test_decode_and_encode_use_the_scaling_factor(tiny):
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = tiny.vae.encode(pictures * 2 - 1).latent_dist.mean * 0.8
+        decoded = (tiny.vae.decode(latents / 0.8).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(tiny.encode(pictures, batch_size=2), latents, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tiny.decode(latents, batch_size=2), decoded, atol=1e-4, rtol=0)
+
+
+def test_unknown_table_lists_the_tables_there_are(data):
+    (data / "world").mkdir()
+    (data / "world" / "memorized.csv").write_text("prompt,attractor\na null,attractors/x.png\n")
+    with pytest.raises(ValueError, match=r"no table 'memorised'.*it has \['memorized'\]"):
+        basinlab.read_prompts("world", "memorised")
+    table = basinlab.read_prompts("world", "memorized")
+    assert table.loc[0].tolist() == ["a null", str(data / "world" / "attractors" / "x.png")]
+
+
+def test_training_configuration_gives_the_schedule(tiny, tiny_folder):
+    config = json.loads((tiny_folder / "scheduler" / "scheduler_config.json").read_text())
+    betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    x, v = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    for t in (0, 500, 999):
+        alpha_bar = (1 - betas)[: t + 1].prod()
+        clean = alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
+        torch.testing.assert_close(tiny.predicted_clean(x, v, t), clean, atol=1e-5, rtol=0)

@@ -1,0 +1,316 @@
+import copy
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.guiders import ClassifierFreeGuidance
+
+import basinlab
+from basinlab import ConstantGuidance, StaticTransitionPoint
+
+PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
+SEEDS = [0, 1, 7]
+STEPS = 8
+
+
+def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, guidance=None, steps=STEPS, **options):
+    return basinlab.sample(denoiser, prompts, seeds, guidance, steps=steps, progress=False, **options)
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    """diffusers' own pipeline on the same folder: the independent implementation."""
+    made = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cfg(tiny):
+    return sample(tiny, measure=True)
+
+
+@pytest.fixture(scope="module")
+def unguided(tiny):
+    return sample(tiny, guidance=ConstantGuidance(0))
+
+
+def alpha_bars():
+    """The schedule of recipe.models, computed apart from diffusers."""
+    betas = np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
+    return torch.tensor(np.cumprod(1 - betas))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize(
+    "scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type, scheduler):
+    kind = getattr(diffusers, scheduler)
+    # latents are no pixels: as in Stable Diffusion's own configuration they are not clipped to -1..1
+    config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
+    pipeline.scheduler = kind.from_config(config)
+    prompts, seeds = np.repeat(PROMPTS, 2).tolist(), [3, 4, 3, 4]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    theirs = pipeline(prompts, num_inference_steps=STEPS, guidance_scale=7.5, generator=generators,
+                      output_type="latent").images  # fmt: skip
+    denoiser = replace(tiny, scheduler=type(tiny.scheduler).from_config(tiny.scheduler.config,
+                                                                      prediction_type=prediction_type))  # fmt: skip
+    ours = sample(denoiser, seeds=[3, 4], scheduler=scheduler)
+    assert ours.prompts == prompts and ours.seeds == seeds
+    assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
+    scale = max(1.0, float(theirs.abs().max()) / 10)  # float32 has seven digits, whatever the latents' size
+    close(ours.latents[:, -1], theirs, atol=1e-4 * scale)
+
+
+def test_bundled_checkpoint_samples_as_diffusers_pipeline_does(bundled):
+    pipeline = StableDiffusionPipeline.from_pretrained(basinlab.data_folder() / "emoji-duplicated", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    prompts = PROMPTS[:1] * 3
+    theirs = pipeline(prompts, num_inference_steps=STEPS, generator=generators, output_type="latent").images
+    close(sample(bundled, PROMPTS[0]).latents[:, -1], theirs)
+
+
+def test_batch_of_one_gives_what_a_batch_of_sixteen_gives(tiny):
+    seeds = range(8)
+    together = sample(tiny, seeds=seeds, steps=5)
+    alone = torch.cat([sample(tiny, p, s, steps=5).latents for p in PROMPTS for s in seeds])
+    close(together.latents, alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_batch_size_changes_no_result(tiny, cfg, batch_size):
+    parts = sample(tiny, measure=True, batch_size=batch_size)
+    assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
+    close(parts.latents, cfg.latents)
+    close(parts.predicted, cfg.predicted)
+    torch.testing.assert_close(parts.guidance_magnitude, cfg.guidance_magnitude, rtol=1e-4, atol=0)
+    assert parts.network_calls.tolist() == cfg.network_calls.tolist()
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+def test_noise_drawn_on_the_way_depends_on_the_seed_alone(tiny, scheduler):
+    torch.manual_seed(1)
+    together = sample(tiny, scheduler=scheduler)
+    torch.manual_seed(2)
+    close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents, atol=1e-3)
+
+
+def test_a_run_depends_on_its_prompt_and_seed_alone(tiny, cfg):
+    other = sample(tiny, PROMPTS[::-1], SEEDS[::-1])
+    for prompt in PROMPTS:
+        close(other.of(prompt).latents.flip(0), cfg.of(prompt).latents)
+
+
+def test_initial_noise_is_the_cpu_generators(cfg):
+    expected = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in SEEDS * 2]
+    close(cfg.latents[:, 0], torch.stack(expected), atol=0)
+
+
+@pytest.mark.parametrize("start", [999, 640, 500, 3, 0])
+def test_network_calls_of_a_delayed_run(tiny, start):
+    run = sample(tiny, guidance=StaticTransitionPoint(start))
+    expected = sum(1 if t > start else 2 for t in run.timesteps.tolist())
+    assert run.network_calls.tolist() == [expected] * 6
+
+
+@pytest.mark.parametrize("scale, passes", [(0, 1), (1, 1), (7.5, 2)])
+def test_network_calls_of_a_constant_scale(tiny, scale, passes):
+    assert sample(tiny, guidance=ConstantGuidance(scale)).network_calls.tolist() == [passes * STEPS] * 6
+
+
+def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
+    rows = []
+    hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        run = sample(tiny, guidance=StaticTransitionPoint(500))
+    finally:
+        hook.remove()
+    assert rows == [6 if t > 500 else 12 for t in run.timesteps.tolist()]
+    assert sum(rows) == run.network_calls.sum()
+
+
+@pytest.mark.parametrize("start", [999, 500, 0])
+def test_delayed_run_follows_the_unguided_one_to_its_start(tiny, cfg, unguided, start):
+    run = sample(tiny, guidance=StaticTransitionPoint(start))
+    shared = int((run.timesteps > start).sum())
+    close(run.latents[:, : shared + 1], unguided.latents[:, : shared + 1])
+    away = (run.latents - unguided.latents)[:, shared + 1 :].flatten(2).norm(dim=2)
+    assert (away > 0.01).all()
+    if start == 999:
+        close(run.latents, cfg.latents)
+
+
+def test_unguided_run_is_the_same_for_every_prompt(unguided):
+    close(unguided.of(PROMPTS[0]).latents, unguided.of(PROMPTS[1]).latents)
+
+
+def test_scale_of_one_is_the_conditional_model(tiny):
+    close(
+        sample(tiny, guidance=ConstantGuidance(1)).latents,
+        sample(tiny, guidance=ConstantGuidance(1 + 1e-9)).latents,
+    )
+
+
+def test_diffusers_own_guider_gives_the_same_run(tiny, cfg):
+    run = sample(tiny, guidance=ClassifierFreeGuidance(7.5))
+    close(run.latents, cfg.latents)
+    assert run.network_calls.tolist() == cfg.network_calls.tolist()
+
+
+def test_the_callers_guidance_is_left_as_it_was(tiny):
+    guidance = StaticTransitionPoint(500)
+    before = copy.deepcopy(guidance.__dict__)
+    sample(tiny, PROMPTS[0], 0, guidance, steps=2)
+    assert guidance.__dict__ == before
+
+
+def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
+    guidance = StaticTransitionPoint(500)
+    plain, measured = (sample(tiny, guidance=guidance, measure=measure) for measure in (False, True))
+    close(plain.latents, measured.latents)
+    assert torch.equal(plain.guidance_magnitude.isnan(), (plain.timesteps > 500).expand(6, -1))
+    assert measured.guidance_magnitude.isfinite().all() and (measured.guidance_magnitude > 0).all()
+    both = ~plain.guidance_magnitude.isnan()
+    torch.testing.assert_close(plain.guidance_magnitude[both], measured.guidance_magnitude[both])
+    assert measured.network_calls.tolist() == [2 * STEPS] * 6
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_magnitude_is_unknown_where_one_prediction_was_made(tiny, scale):
+    assert sample(tiny, guidance=ConstantGuidance(scale)).guidance_magnitude.isnan().all()
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
+    scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, prediction_type=prediction_type)
+    denoiser = replace(tiny, scheduler=scheduler)
+    run = sample(denoiser, PROMPTS[0], SEEDS)
+    states, empty = denoiser.embed(PROMPTS[:1]), denoiser.embed([""])
+    for i, t in enumerate(run.timesteps.tolist()):
+        x, alpha_bar = run.latents[:, i].double(), alpha_bars()[t]
+        epsilons = []
+        for embedding in (states, empty):
+            output = denoiser(x.float(), t, embedding.expand(3, -1, -1)).double()
+            as_epsilon = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x
+            epsilons.append(as_epsilon if prediction_type == "v_prediction" else output)
+        expected = (epsilons[0] - epsilons[1]).flatten(1).norm(dim=1).float()
+        torch.testing.assert_close(run.guidance_magnitude[:, i], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, prediction_type):
+    config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
+    denoiser = replace(tiny, scheduler=type(tiny.scheduler).from_config(config))
+    own = getattr(diffusers, scheduler).from_config(config)
+    # 10 steps of 999 / 9 = 111 fall on whole timesteps, where every scheduler has the same schedule
+    own.set_timesteps(10)
+    run = sample(denoiser, PROMPTS[0], SEEDS, ConstantGuidance(1), steps=10, scheduler=scheduler)
+    states = denoiser.embed(PROMPTS[:1]).expand(3, -1, -1)
+    for i, t in enumerate(own.timesteps):
+        output = denoiser(own.scale_model_input(run.latents[:, i], t), t, states)
+        clean = own.step(output, t, run.latents[:, i]).pred_original_sample
+        torch.testing.assert_close(run.predicted[:, i], clean, rtol=1e-3, atol=1e-2)
+
+
+def test_last_prediction_is_where_the_solver_ends(cfg):
+    close(cfg.predicted[:, -1], cfg.latents[:, -1], atol=2e-2)
+    assert (cfg.predicted[:, 0] - cfg.latents[:, -1]).abs().max() > 0.5
+
+
+def test_without_record_only_the_last_latents_are_kept(tiny, cfg):
+    light = sample(tiny, record=False)
+    assert light.latents.shape == (6, 1, 4, 16, 16) and light.predicted is None
+    close(light.latents[:, -1], cfg.latents[:, -1])
+    torch.testing.assert_close(light.images(), cfg.images(), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="record=True"):
+        light.predicted_images([0])
+
+
+def test_shapes_and_order_of_a_trajectory(cfg):
+    assert len(cfg) == 6
+    assert cfg.prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3 and cfg.seeds == SEEDS * 2
+    assert cfg.latents.shape == (6, STEPS + 1, 4, 16, 16) and cfg.predicted.shape == (6, STEPS, 4, 16, 16)
+    assert cfg.guidance_magnitude.shape == (6, STEPS)
+    assert (cfg.timesteps.diff() < 0).all()
+
+
+def test_rows_and_prompts_are_picked_out_whole(cfg):
+    picked = cfg[[4, 0]]
+    assert (picked.prompts, picked.seeds) == (PROMPTS[::-1], [1, 0])
+    for name in ("latents", "predicted", "guidance_magnitude", "network_calls"):
+        assert torch.equal(getattr(picked, name), getattr(cfg, name)[[4, 0]])
+    assert torch.equal(cfg.of(PROMPTS[1]).latents, cfg.latents[3:])
+
+
+def test_pictures_are_the_decoded_latents(tiny, cfg):
+    assert cfg.images().shape == (6, 3, 64, 64)
+    torch.testing.assert_close(cfg.images(), tiny.decode(cfg.latents[:, -1]))
+    steps = [0, STEPS - 1]
+    expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in steps], dim=1)
+    torch.testing.assert_close(cfg.predicted_images(steps), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_any_number_of_steps_within_the_schedule(tiny, steps):
+    if steps == 1000:  # long: see that it is let through, not how it ends
+        with pytest.raises(FloatingPointError, match="step 0"):
+            sample(poisoned(tiny, "tomato"), PROMPTS[0], 0, steps=steps)
+    else:
+        assert sample(tiny, PROMPTS[0], 0, steps=steps).latents.isfinite().all()
+
+
+@pytest.mark.parametrize("prompts, seeds, message", [
+    ([], [0], "0 prompts and 1 seeds: give at least one of each"),
+    (PROMPTS, [], "2 prompts and 0 seeds: give at least one of each"),
+    (["an owl", " \n"], [0], r"prompt 1 is empty.*ConstantGuidance\(0\)"),
+    ("", [0], "prompt 0 is empty"),
+])  # fmt: skip
+def test_prompts_and_seeds_must_be_given(tiny, prompts, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny, prompts, seeds)
+
+
+@pytest.mark.parametrize("start", [-1, 1000])
+def test_start_outside_the_schedule_names_the_range(tiny, start):
+    with pytest.raises(ValueError, match=f"timestep {start} is outside the schedule: give 0 to 999"):
+        sample(tiny, guidance=StaticTransitionPoint(start))
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_steps_outside_the_schedule_name_the_range(tiny, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}: give 1 to 1000"):
+        sample(tiny, steps=steps)
+
+
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "AutoencoderKL", "utils"])
+def test_what_is_no_scheduler_is_refused(tiny, name):
+    with pytest.raises(ValueError, match=f"no scheduler '{name}'.*'DDIMScheduler'"):
+        sample(tiny, scheduler=name)
+
+
+def poisoned(denoiser, word):
+    """The denoiser with NaN for the meaning of ``word``, so that only prompts with it go wrong."""
+    text_encoder = copy.deepcopy(denoiser.text_encoder)
+    token = denoiser.tokenizer(word).input_ids[1]
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight[token] = torch.nan
+    return replace(denoiser, text_encoder=text_encoder)
+
+
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny, batch_size):
+    timesteps = sample(tiny, PROMPTS[0], 0).timesteps
+    step = int((timesteps > 500).sum())
+    message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {int(timesteps[step])}.*float32"
+    with pytest.raises(FloatingPointError, match=message):
+        sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
