@@ -8,7 +8,7 @@ RECIPE_OPTIONS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(filter 1,$(SMOKE))
 SMOKE_FOLDERS := --smoke --work build/smoke/work --out build/smoke/data
 
 .DELETE_ON_ERROR:
-.PHONY: help setup figures test lab world lint clean
+.PHONY: help setup figures test lab world evaluate lint clean
 
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
@@ -17,6 +17,7 @@ help:
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
+	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
 	@echo "make lint     ruff only                           (seconds)"
 	@echo "make clean    remove .venv and caches, not build/ (seconds)"
 
@@ -58,6 +59,10 @@ world: $(INSTALLED)
 	@echo "world: training the bundled models" \
 	    "($(if $(filter 1,$(SMOKE)),toy size into build/smoke: about 3 minutes,hours on a CPU or minutes on a GPU; stop it and call again to go on))"
 	@PYTHONPATH=.:data $(PY) -m recipe $(RECIPE_OPTIONS)
+
+evaluate: $(INSTALLED)
+	@echo "evaluate: sampling and judging about 3,000 pictures (about 15 minutes on 2 cores; stop it and call again to go on)"
+	@$(PY) -m basinlab evaluate
 
 # build/ stays: it may hold hours of training.
 clean:

@@ -7,7 +7,7 @@ the noise" becomes many seeds, and a probability comes with its Wilson interval.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 from torch import Tensor
+
+from .metrics import mean_pairwise_distance
+from .sampling import Trajectory
 
 
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +67,10 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
         negatives: name -> distances to attractors of pictures that are no copies, such as ordinary
             samples, or the attractors' own scenes with the object drawn by another artist.
 
-    Raises ValueError when a set is empty or a distance is not finite.
+    Raises ValueError when a set is empty, a distance is not finite or the rate is not in [0, 1).
     """
+    if not 0 <= false_positive_rate < 1:
+        raise ValueError(f"false_positive_rate is {false_positive_rate}: give at least 0 and less than 1")
     radii = []
     for name, distances in negatives.items():
         if not len(distances) or not torch.isfinite(distances).all():
@@ -81,9 +86,7 @@ def roc(positives: Tensor, negatives: Tensor) -> pd.DataFrame:
     """Receiver operating characteristic of "distance <= radius": columns radius, false_positive, true_positive."""
     radii = torch.cat([positives, negatives]).flatten().unique()
     share = lambda d: torch.searchsorted(d.flatten().sort().values, radii, right=True).double() / d.numel()  # noqa: E731
-    return pd.DataFrame(
-        {"radius": radii, "false_positive": share(negatives), "true_positive": share(positives)}
-    )
+    return pd.DataFrame({"radius": radii, "false_positive": share(negatives), "true_positive": share(positives)})
 
 
 def auc(positives: Tensor, negatives: Tensor) -> float:
@@ -111,10 +114,9 @@ def outcomes(run, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
-    """Share of samples with ``of`` true in each group of ``by``, with Wilson's 95% interval and n."""
-    groups = table.groupby(by, sort=False)[of]
-    result = groups.agg(n="size", share="mean").reset_index()
-    result["low"], result["high"] = wilson_interval(result["share"] * result["n"], result["n"])
+    """Share of samples with ``of`` true in each group of ``by``: columns n, captured, low, high (Wilson, 95%)."""
+    result = table.groupby(by, sort=False)[of].agg(n="size", captured="mean").reset_index()
+    result["low"], result["high"] = wilson_interval(result["captured"] * result["n"], result["n"])
     return result
 
 
@@ -139,6 +141,42 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> Attrac
     index = int(pairs.median(dim=1).values.argmin())
     inside = max(1, math.ceil((1 - delta) * len(pairs) - 1e-9))
     return Attractor(index, float(pairs[index].sort().values[inside - 1]), delta)
+
+
+def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
+    """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
+
+    Args:
+        runs: name -> trajectories of several prompts with the same seeds.
+        of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
+
+    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and
+    high (95% bootstrap interval over prompts).
+    """
+    tables = []
+    for name, run in runs.items():
+        states = run.latents[:, :-1] if of == "latents" else run.predicted
+        prompts = list(dict.fromkeys(run.prompts))
+        rows = [[i for i, p in enumerate(run.prompts) if p == prompt] for prompt in prompts]
+        widths = torch.stack([mean_pairwise_distance(states[r]) for r in rows]).numpy()
+        tables.append(_mean_curve(name, run.timesteps, widths))
+    return pd.concat(tables, ignore_index=True)
+
+
+def magnitude_curves(magnitudes: Mapping[str, Tensor], timesteps: Tensor) -> pd.DataFrame:
+    """Mean guidance magnitude over t; columns name, t, value, low, high (95% bootstrap over samples).
+
+    Args:
+        magnitudes: name -> [B, S], such as `Trajectory.guidance_magnitude` of a measured run.
+        timesteps: [S].
+    """
+    return pd.concat([_mean_curve(name, timesteps, m.numpy()) for name, m in magnitudes.items()], ignore_index=True)
+
+
+def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFrame:
+    """Mean over the rows of ``values`` [N, S] at each timestep, with its bootstrap interval."""
+    low, high = zip(*[bootstrap_interval(column, resamples=500) for column in values.T], strict=True)
+    return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
 
 
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:

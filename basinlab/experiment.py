@@ -209,3 +209,11 @@ def write_evaluation(denoiser: Denoiser, table: pd.DataFrame) -> Path:
 def read_evaluation(denoiser: Denoiser) -> pd.DataFrame:
     """The kept evaluation; raises ValueError when it was made with other weights, OSError when damaged."""
     return _read(evaluation_path(denoiser.name), {"weights": denoiser.fingerprint()})
+
+
+def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:
+    """Guidance magnitudes [B, S] of the unguided trajectories of an evaluation, memorized and ordinary."""
+    return {
+        f"{group}, no CFG": torch.tensor(table.query("group == @group and guidance == 'none'")["magnitude"].tolist())
+        for group in ("memorized", "ordinary")
+    }

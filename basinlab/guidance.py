@@ -8,6 +8,7 @@ loaded and plugged into diffusers' modular pipelines as any other guider.
 """
 
 import logging
+from typing import ClassVar
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
@@ -18,7 +19,7 @@ from torch import Tensor
 class _WeightedGuidance(BaseGuidance):
     """Classifier-free guidance (Ho and Salimans 2022) with a weight that depends on the timestep."""
 
-    _input_predictions = ["pred_cond", "pred_uncond"]
+    _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
 
     def __init__(self):
         # diffusers warns at each construction that guiders are experimental; once is a reader's fill
@@ -44,14 +45,10 @@ class _WeightedGuidance(BaseGuidance):
         if self._timestep is None:  # a pipeline that asks before the first step has to be ready for both
             return list(self._input_predictions)
         weight = self.weight(int(self._timestep))
-        return [
-            name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle
-        ]
+        return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
-        return [
-            self._prepare_batch(data, self._input_predictions.index(name), name) for name in self._needed()
-        ]
+        return [self._prepare_batch(data, self._input_predictions.index(name), name) for name in self._needed()]
 
     def prepare_inputs_from_block_state(self, data, input_fields: dict) -> list:
         return [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification
@@ -26,6 +27,17 @@ def _model_folder(name: str, wants: str) -> Path:
     raise ValueError(f"no {wants} in {name!r} or {data_folder() / name}: restore it with `git checkout -- data`")
 
 
+def _load(kind, folder: Path):
+    """A model in float32 for judging, or an error that names the damaged folder."""
+    try:
+        return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"the weights in {folder} are missing, truncated or corrupt ({error}); "
+            "restore that folder, for a bundled one with `git checkout -- data`"
+        ) from error
+
+
 class CopyDistance:
     """1 - cosine similarity of copy-detection descriptors (SSCD's recipe; Pizzi et al. 2022): 0 for a copy.
 
@@ -36,8 +48,7 @@ class CopyDistance:
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
         folder = _model_folder(name, "copy-detection descriptor")
-        network = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        self.network = network.eval().to(device)
+        self.network = _load(ResNetForImageClassification, folder).to(device)
 
     def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
         """Unit descriptors [B, F]."""
@@ -59,7 +70,7 @@ class Alignment:
 
     def __init__(self, name: str = "clip", device: str | torch.device = "cpu"):
         folder = _model_folder(name, "CLIP")
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval().to(device)
+        self.model = _load(CLIPModel, folder).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.processor = CLIPImageProcessor.from_pretrained(folder)
 

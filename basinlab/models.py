@@ -9,21 +9,21 @@ Timesteps are those of the training schedule, from T - 1 = 999 down to 0.
 """
 
 import csv
-import json
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -167,7 +167,7 @@ def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = 
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"{folder} holds a {kind}, not a StableDiffusionPipeline")
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
         )
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise OSError(
@@ -203,5 +203,4 @@ def read_prompts(name: str, kind: str) -> pd.DataFrame:
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
     """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
-    pixels = np.stack([np.asarray(Image.open(path).convert("RGB"), np.float32) for path in paths])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

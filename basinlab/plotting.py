@@ -5,6 +5,7 @@ colour everywhere (``COLOURS``). ``save`` writes a figure as PDF, PNG and CSV wi
 manifest.json that says what it was made from.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -139,24 +141,43 @@ def funnel(projections: Mapping[str, "Projection"]) -> Figure:  # noqa: F821
     return figure
 
 
-def curves(table: pd.DataFrame, ylabel: str, title: str = "") -> Figure:
-    """Lines with intervals over the timestep; columns name, t, value, low, high. Time runs to the right."""
-    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+def _bands(axis: Axes, table: pd.DataFrame) -> None:
+    """Lines with intervals over the timestep, time running to the right."""
     for name, part in table.groupby("name", sort=False):
         axis.plot(part["t"], part["value"], color=COLOURS[name], label=name)
         axis.fill_between(part["t"], part["low"], part["high"], color=COLOURS[name], alpha=0.2, linewidth=0)
-    axis.set(xlabel="timestep t", ylabel=ylabel, title=title, xlim=(1000, 0), ylim=(0, None))
+    axis.set(xlabel="timestep t", xlim=(1000, 0), ylim=(0, None))
+
+
+def curves(table: pd.DataFrame, ylabel: str) -> Figure:
+    """Lines with intervals over the timestep; columns name, t, value, low, high."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    _bands(axis, table)
+    axis.set_ylabel(ylabel)
     axis.legend()
     figure.tight_layout()
     return figure
 
 
+def dispersion(table: pd.DataFrame) -> Figure:
+    """Widths of bundles of seeds over t (`basin.dispersion`), states beside predicted clean latents (column ``of``)."""
+    titles = {"latents": "states $x_t$", "predicted": "predicted clean latents"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        _bands(axis, table[table["of"] == kind])
+        axis.set_title(title)
+    axes[0].set_ylabel("mean distance between seeds")
+    axes[0].legend(loc="lower left")
+    figure.tight_layout()
+    return figure
+
+
 def capture_curve(table: pd.DataFrame, by: str = "share") -> Figure:
-    """Share of samples inside the ball over the start of CFG; columns start, ``by``, share_inside, low, high."""
+    """Capture probability over the start of CFG; columns start, ``by``, captured, low, high."""
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
     for name, part in table.groupby(by):
-        errors = np.clip([part["inside"] - part["low"], part["high"] - part["inside"]], 0, None)
-        axis.errorbar(part["start"], part["inside"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
+        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        axis.errorbar(part["start"], part["captured"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
     axis.set(xlabel="CFG starts at timestep", ylabel="share inside the ball", xlim=(1020, 80), ylim=(-0.03, 1.03))
     axis.legend(title="duplicate's share")
     figure.tight_layout()
@@ -181,13 +202,43 @@ def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataF
 
 
 def per_prompt(table: pd.DataFrame) -> Figure:
-    """Capture probability of every prompt with its interval; columns prompt, group, share, low, high."""
-    table = table.sort_values(["group", "share"]).reset_index(drop=True)
+    """Capture probability of every prompt with its interval; columns prompt, group, captured, low, high."""
+    table = table.sort_values(["group", "captured"]).reset_index(drop=True)
     figure, axis = plt.subplots(figsize=(10, 3.8))
     for name, part in table.groupby("group"):
-        errors = np.clip([part["share"] - part["low"], part["high"] - part["share"]], 0, None)
-        axis.errorbar(part.index, part["share"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
+        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        axis.errorbar(part.index, part["captured"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
     axis.set(xlabel="prompt", ylabel="capture probability", xticks=[], ylim=(-0.03, 1.03))
     axis.legend(title="duplicate's share", loc="lower left")
     figure.tight_layout()
     return figure
+
+
+def start_slider(pictures: Tensor, starts: Sequence[int], memorized: Tensor):
+    """An ipywidgets slider over the start of CFG; pictures [starts, seeds, 3, h, w] are only shown, not sampled.
+
+    ``memorized`` [starts, seeds] tells which are copies; those are framed in red.
+    """
+    import ipywidgets
+
+    def png(start: int, seed: int) -> bytes:
+        pixels = np.pad(pictures[start, seed].permute(1, 2, 0).numpy(), ((4, 4), (4, 4), (0, 0)), constant_values=1.0)
+        if memorized[start, seed]:
+            edge = np.ones(pixels.shape[:2], bool)
+            edge[4:-4, 4:-4] = False
+            pixels[edge] = COLOURS["memorized, CFG"]
+        buffer = io.BytesIO()
+        plt.imsave(buffer, np.clip(pixels, 0, 1), format="png")
+        return buffer.getvalue()
+
+    frames = [[png(i, k) for k in range(pictures.shape[1])] for i in range(len(starts))]
+    start = ipywidgets.SelectionSlider(options=[(f"t = {t}", i) for i, t in enumerate(starts)], description="CFG from")
+    seed = ipywidgets.Dropdown(options=list(range(pictures.shape[1])), description="seed")
+    picture = ipywidgets.Image(value=frames[0][0], format="png", width=256, height=256)
+
+    def show(_) -> None:
+        picture.value = frames[start.value][seed.value]
+
+    start.observe(show, "value")
+    seed.observe(show, "value")
+    return ipywidgets.VBox([ipywidgets.HBox([start, seed]), picture])

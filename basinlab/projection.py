@@ -7,9 +7,11 @@ a funnel is about; it is the default here. PCA, a linear map that cannot invent 
 stands beside it as a check.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 METHODS = ("densmap", "umap", "pca")
@@ -22,6 +24,19 @@ class Projection:
     coordinates: np.ndarray
     timesteps: np.ndarray
     method: str
+
+    def split(self, counts: Sequence[int]) -> list["Projection"]:
+        """The projections of the first ``counts[0]`` trajectories, of the next ``counts[1]``, and so on."""
+        parts = np.split(self.coordinates, np.cumsum(counts)[:-1])
+        return [Projection(part, self.timesteps, self.method) for part in parts]
+
+    def table(self) -> pd.DataFrame:
+        """One row a point: trajectory, t, x, y."""
+        count, steps = self.coordinates.shape[:2]
+        flat = self.coordinates.reshape(-1, 2)
+        trajectory = np.repeat(np.arange(count), steps)
+        times = np.tile(self.timesteps, count)
+        return pd.DataFrame({"trajectory": trajectory, "t": times, "x": flat[:, 0], "y": flat[:, 1]})
 
 
 def project(

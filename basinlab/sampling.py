@@ -64,11 +64,15 @@ class Trajectory:
         return pictures.unflatten(0, chosen.shape[:2])
 
     def of(self, prompt: str) -> "Trajectory":
-        """The runs of one prompt."""
-        return self[[i for i, p in enumerate(self.prompts) if p == prompt]]
+        """The runs of one prompt. Raises KeyError when there are none."""
+        rows = [i for i, p in enumerate(self.prompts) if p == prompt]
+        if not rows:
+            raise KeyError(f"no run of {prompt!r}; the prompts are {list(dict.fromkeys(self.prompts))}")
+        return self[rows]
 
-    def __getitem__(self, rows: Sequence[int]) -> "Trajectory":
-        rows = list(rows)
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> "Trajectory":
+        """Some of the runs: by index, slice or a list of indices."""
+        rows = np.atleast_1d(np.arange(len(self))[rows]).tolist()
         return Trajectory(
             [self.prompts[i] for i in rows],
             [self.seeds[i] for i in rows],
@@ -173,8 +177,8 @@ def _joined(parts: list[Trajectory]) -> Trajectory:
     """One trajectory of several with the same steps."""
     first = parts[0]
     return Trajectory(
-        sum((p.prompts for p in parts), []),
-        sum((p.seeds for p in parts), []),
+        [prompt for p in parts for prompt in p.prompts],
+        [seed for p in parts for seed in p.seeds],
         first.timesteps,
         torch.cat([p.latents for p in parts]),
         None if first.predicted is None else torch.cat([p.predicted for p in parts]),

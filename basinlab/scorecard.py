@@ -60,9 +60,7 @@ def layout_floor(name: str, false_positive_rate: float = 0.001) -> float:
     for shift in range(1, len(templates)):
         different = (templates["family"].to_numpy() != np.roll(templates["family"], -shift)).nonzero()[0]
         rolled = pictures.roll(-shift, 0)
-        others.append(
-            metrics.layout_similarity(rolled[different], pictures[different], [boxes[i] for i in different])
-        )
+        others.append(metrics.layout_similarity(rolled[different], pictures[different], [boxes[i] for i in different]))
     return float(torch.cat(others).quantile(1 - false_positive_rate))
 
 
@@ -114,8 +112,19 @@ def _instruments(card: _Card, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = real_scenes()
     psnr = metrics.psnr(denoiser.decode(denoiser.encode(pictures)), pictures).numpy()
-    card.add("VAE, unseen scenes: PSNR in dB", psnr.mean(), bootstrap_interval(psnr), len(psnr), "at least 28", psnr.mean() >= 28)
-    card.share("CLIP, unseen scenes: object named right", metrics.object_right(judges.alignment, pictures, names, judges.names), 0.95)
+    card.add(
+        "VAE, unseen scenes: PSNR in dB",
+        psnr.mean(),
+        bootstrap_interval(psnr),
+        len(psnr),
+        "at least 28",
+        psnr.mean() >= 28,
+    )
+    card.share(
+        "CLIP, unseen scenes: object named right",
+        metrics.object_right(judges.alignment, pictures, names, judges.names),
+        0.95,
+    )
 
 
 def _memorization(card: _Card, table: pd.DataFrame) -> None:
@@ -132,7 +141,9 @@ def _memorization(card: _Card, table: pd.DataFrame) -> None:
     interval = _over_prompts(sweep, lambda part: (crossings(part) or [np.nan])[0])
     holds = len(found) == 1 and 300 <= found[0] <= 850
     value = found[0] if found else np.nan
-    card.add("memorized: capture falls through 1/2 at start t", value, interval, len(sweep), "once, in 850 to 300", holds)
+    card.add(
+        "memorized: capture falls through 1/2 at start t", value, interval, len(sweep), "once, in 850 to 300", holds
+    )
 
 
 def _ordinary(card: _Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
@@ -143,7 +154,14 @@ def _ordinary(card: _Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
     named = ordinary[ordinary["background"] != ""]
     correlation = lambda part: noise_colour_correlation(part, denoiser)  # noqa: E731
     value = correlation(named)
-    card.add("ordinary, colour named: its correlation with the noise's mean", value, _over_prompts(named, correlation), len(named), "under 0.2", abs(value) < 0.2)
+    card.add(
+        "ordinary, colour named: its correlation with the noise's mean",
+        value,
+        _over_prompts(named, correlation),
+        len(named),
+        "under 0.2",
+        abs(value) < 0.2,
+    )
 
 
 def _saturation(card: _Card, table: pd.DataFrame) -> None:

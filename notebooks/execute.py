@@ -2,7 +2,7 @@
 
     python notebooks/execute.py                                   # all of them, in place
     python notebooks/execute.py 01_basin_observation.ipynb        # some, by name or path
-    python notebooks/execute.py --out /tmp/executed               # copies, the originals untouched
+    python notebooks/execute.py --out elsewhere/notebooks         # copies; figures go to elsewhere/figures
 
 Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
 that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took:
@@ -60,10 +60,10 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
 
 
 def execute(source: nbformat.NotebookNode, target: Path) -> float:
-    """Run ``source`` from top to bottom in the notebooks folder, write it to ``target``; the seconds it took."""
+    """Run ``source`` from top to bottom in the folder of ``target``, write it there; the seconds it took."""
     source.metadata.pop("widgets", None)  # else last run's widgets pile up when a notebook has none any more
-    start = time.monotonic()
-    executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=HERE, progress_bar=False, extra_arguments=QUIET)
+    start, cwd = time.monotonic(), target.resolve().parent
+    executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=cwd, progress_bar=False, extra_arguments=QUIET)
     seconds = time.monotonic() - start
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(tidy(executed, seconds), encoding="utf-8")
@@ -74,7 +74,7 @@ def execute(source: nbformat.NotebookNode, target: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="names or paths (default: all that begin NN_)")
-    parser.add_argument("--out", type=Path, help="write executed copies into this folder, not in place")
+    parser.add_argument("--out", type=Path, help="write executed copies into this folder, figures beside it")
     options = parser.parse_args()
     paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
     paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
@@ -99,7 +99,8 @@ def main() -> None:
             sys.exit(f"stopped; {path} is as it was")
         left = "time left unknown" if None in ahead[number:] else f"about {clock(sum(ahead[number:]))} left"
         print(f"took {clock(seconds)}, {clock(time.monotonic() - begin)} elapsed, {left}", flush=True)
-    print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; the figures lie in {HERE.parent / 'figures'}")
+    figures = (options.out or HERE).resolve().parent / "figures"
+    print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; the figures lie in {figures}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 import diffusers
 import pytest
 import torch
-from recipe import models
 
 import basinlab
+from recipe import models
 
 
 @pytest.fixture(scope="session")

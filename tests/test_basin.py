@@ -66,7 +66,7 @@ def test_ball_takes_double_precision_distances():
 
 @pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [float("inf")]])
 def test_ball_refuses_negatives_it_cannot_calibrate_on(bad):
-    with pytest.raises(ValueError, match="'swapped'.*at least one distance, all finite"):
+    with pytest.raises(ValueError, match=r"'swapped'.*at least one distance, all finite"):
         basin.calibrate_ball({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
 
 
@@ -116,7 +116,7 @@ def test_capture_probability_counts_each_group_with_its_interval():
     table = pd.DataFrame({"prompt": ["b"] * 4 + ["a"] * 2, "inside": [True, True, True, False, False, False]})
     result = basin.capture_probability(table).set_index("prompt")
     assert result.index.tolist() == ["b", "a"]
-    assert result[["n", "share"]].values.tolist() == [[4, 0.75], [2, 0.0]]
+    assert result[["n", "captured"]].values.tolist() == [[4, 0.75], [2, 0.0]]
     for prompt, successes, n in (("b", 3, 4), ("a", 0, 2)):
         expected = binomtest(successes, n).proportion_ci(method="wilson")
         assert tuple(result.loc[prompt, ["low", "high"]]) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -125,7 +125,8 @@ def test_capture_probability_counts_each_group_with_its_interval():
 def test_capture_probability_groups_by_several_columns():
     table = pd.DataFrame({"kind": list("xxyy"), "start": [1, 2, 1, 1], "escaped": [True, False, True, False]})
     result = basin.capture_probability(table, ["kind", "start"], of="escaped")
-    assert result[["kind", "start", "n", "share"]].values.tolist() == [["x", 1, 1, 1.0], ["x", 2, 1, 0.0], ["y", 1, 2, 0.5]]
+    rows = [["x", 1, 1, 1.0], ["x", 2, 1, 0.0], ["y", 1, 2, 0.5]]
+    assert result[["kind", "start", "n", "captured"]].values.tolist() == rows
 
 
 def points(*values):

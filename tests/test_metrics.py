@@ -3,11 +3,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from recipe import models
 from scipy.spatial.distance import pdist
 from transformers import CLIPImageProcessor
 
 from basinlab import metrics
+from recipe import models
 
 TEXTS = ["a picture of a tomato", "an owl", "here is jeans"]
 
@@ -47,8 +47,8 @@ def test_copy_distance_is_symmetric_and_pairs_agree_with_single_distances(distan
     assert pairs.shape == (7, 4)
     torch.testing.assert_close(pairs.T, distance.pairs(pictures[:4], pictures), atol=1e-5, rtol=0)
     torch.testing.assert_close(pairs.diagonal(), distance(pictures[:4], pictures[:4]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(pairs[4:, 2], distance(pictures[4:], pictures[2:3].expand(3, -1, -1, -1)),
-                               atol=1e-5, rtol=0)  # fmt: skip
+    third = pictures[2:3].expand(3, -1, -1, -1)
+    torch.testing.assert_close(pairs[4:, 2], distance(pictures[4:], third), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("features", ["distance", "alignment"])
@@ -109,7 +109,8 @@ def outside():
 def test_layout_similarity_is_the_correlation_outside_the_box(pictures):
     found = metrics.layout_similarity(pictures[:3], pictures[3:6], [BOX] * 3)
     for value, a, b in zip(found, pictures[:3].numpy(), pictures[3:6].numpy(), strict=True):
-        assert float(value) == pytest.approx(np.corrcoef(a[:, outside()].ravel(), b[:, outside()].ravel())[0, 1], abs=1e-5)
+        expected = np.corrcoef(a[:, outside()].ravel(), b[:, outside()].ravel())[0, 1]
+        assert float(value) == pytest.approx(expected, abs=1e-5)
 
 
 def test_layout_similarity_does_not_see_what_stands_in_the_box(pictures):

@@ -34,8 +34,14 @@ def test_folder_without_a_pipeline_is_named(tmp_path):
 
 
 def test_folder_of_another_pipeline_is_refused(tmp_path):
-    unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    unet = UNet2DModel(
+        8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="DDPMPipeline, not a StableDiffusionPipeline"):
         basinlab.load(str(tmp_path))

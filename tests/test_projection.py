@@ -22,7 +22,7 @@ def test_pca_is_the_projection_on_the_leading_singular_vectors():
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'tsne'.*densmap.*umap.*pca"):
+    with pytest.raises(ValueError, match=r"'tsne'.*densmap.*umap.*pca"):
         projection.project(states(), TIMES, "tsne")
 
 

@@ -5,7 +5,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 
 import basinlab
@@ -42,6 +42,12 @@ def unguided(tiny):
     return sample(tiny, guidance=ConstantGuidance(0))
 
 
+def predicting(denoiser, prediction_type):
+    """The denoiser with its network's output taken for ``prediction_type``."""
+    kind, config = type(denoiser.scheduler), denoiser.scheduler.config
+    return replace(denoiser, scheduler=kind.from_config(config, prediction_type=prediction_type))
+
+
 def alpha_bars():
     """The schedule of recipe.models, computed apart from diffusers."""
     betas = np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
@@ -50,7 +56,8 @@ def alpha_bars():
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize(
-    "scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+    "scheduler",
+    ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"],
 )
 def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type, scheduler):
     kind = getattr(diffusers, scheduler)
@@ -59,11 +66,9 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     pipeline.scheduler = kind.from_config(config)
     prompts, seeds = np.repeat(PROMPTS, 2).tolist(), [3, 4, 3, 4]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    theirs = pipeline(prompts, num_inference_steps=STEPS, guidance_scale=7.5, generator=generators,
-                      output_type="latent").images  # fmt: skip
-    denoiser = replace(tiny, scheduler=type(tiny.scheduler).from_config(tiny.scheduler.config,
-                                                                      prediction_type=prediction_type))  # fmt: skip
-    ours = sample(denoiser, seeds=[3, 4], scheduler=scheduler)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
+    theirs = pipeline(prompts, generator=generators, **options).images
+    ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=scheduler)
     assert ours.prompts == prompts and ours.seeds == seeds
     assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
     scale = max(1.0, float(theirs.abs().max()) / 10)  # float32 has seven digits, whatever the latents' size
@@ -191,8 +196,7 @@ def test_magnitude_is_unknown_where_one_prediction_was_made(tiny, scale):
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
-    scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, prediction_type=prediction_type)
-    denoiser = replace(tiny, scheduler=scheduler)
+    denoiser = predicting(tiny, prediction_type)
     run = sample(denoiser, PROMPTS[0], SEEDS)
     states, empty = denoiser.embed(PROMPTS[:1]), denoiser.embed([""])
     for i, t in enumerate(run.timesteps.tolist()):
@@ -210,7 +214,7 @@ def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, prediction_type):
     config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
-    denoiser = replace(tiny, scheduler=type(tiny.scheduler).from_config(config))
+    denoiser = predicting(tiny, prediction_type)
     own = getattr(diffusers, scheduler).from_config(config)
     # 10 steps of 999 / 9 = 111 fall on whole timesteps, where every scheduler has the same schedule
     own.set_timesteps(10)

@@ -50,7 +50,7 @@ def record(name: str, settings: train.Settings, work: Path, device: torch.device
     rows = (work / name / "losses.csv").read_text().splitlines()
     header, last = rows[0].split(","), rows[-1].split(",")
     made = {
-        "command": "python -m recipe " + " ".join(sys.argv[1:]),
+        "command": f"python -m recipe --stages {name} --steps {settings.steps}",
         "seed": train.scenes.SEED,
         **dataclasses.asdict(settings),
         "hours": round(float(last[1]) / 3600, 2),

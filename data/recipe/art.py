@@ -39,7 +39,9 @@ OBJECTS = tuple(
     cupcake,lollipop,cactus,sunflower,tulip,palm tree,maple leaf,top hat,crown,boot,jeans,dress,
     guitar,saxophone,soccer ball,basketball,fire engine,bus,tractor,helicopter,rocket,sailboat,
     anchor,bicycle,taxi,panda,lion,fox,frog,penguin,owl,octopus,crab,whale,turtle,snail,ladybug,
-    butterfly,elephant,pig,teapot,drum""".replace("\n", "").replace("    ", "").split(",")
+    butterfly,elephant,pig,teapot,drum""".replace("\n", "")
+    .replace("    ", "")
+    .split(",")
 )
 SIZES = tuple(range(42, 61, 2))  # widths, in pixels, at which an object appears in a 64-pixel scene
 

@@ -48,6 +48,10 @@ def publish(work: Path, out: Path) -> None:
     )
     part = fresh(out / f"{NAME}.part")
     pipeline.to(torch.float16).save_pretrained(part)
+    # asked for no dtype, diffusers loads float32 and transformers what its config names: let the two agree
+    config = part / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    words.backend_tokenizer.model.save(str(part / "tokenizer"))  # the two files that older readers look for
     write_prompts(part)
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
@@ -63,9 +67,7 @@ def publish(work: Path, out: Path) -> None:
             words.save_pretrained(part)
             side = {"height": scenes.SIDE, "width": scenes.SIDE}
             half = [0.5, 0.5, 0.5]
-            CLIPImageProcessor(
-                size=side, do_center_crop=False, image_mean=half, image_std=half
-            ).save_pretrained(part)
+            CLIPImageProcessor(size=side, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(part)
         replace(part, out / name)
     write_unseen(fresh(out / "unseen.part"))
     replace(out / "unseen.part", out / "unseen")

@@ -1,9 +1,8 @@
 """Architectures of the bundled world, all of them ordinary diffusers and transformers classes."""
 
-import tempfile
+from pathlib import Path
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -15,33 +14,19 @@ from transformers import (
 )
 
 from . import scenes
-from .art import OBJECTS
 
 TOKENS = 32  # per caption, begin and end included
 WIDTH = 128  # of text states and embeddings
+TOKENIZER = Path(__file__).parent / "tokenizer"
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer that knows each word of the world as one token and spells out all others."""
-    phrases = [*scenes.PHRASES, *scenes.COLOUR_PHRASES, *scenes.TEMPLATES, *OBJECTS, *scenes.COLOURS]
-    words = " ".join([*phrases, *scenes.COMMON_WORDS, "an"]).replace("{colour}", "").replace("{}", "").split()
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=6000,
-        min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*sorted(set(words)), *letters], trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        vocab, merges = bpe.model.save(folder)
-        made = CLIPTokenizer(vocab, merges, model_max_length=TOKENS)
-        made.save_pretrained(folder)
-        return CLIPTokenizer.from_pretrained(folder)
+    """A CLIPTokenizer that knows each word of the world as one token and spells out all others.
+
+    Its byte-pair merges were trained once, on the list of all words in `scenes`. Training again
+    would number some tokens differently (ties are broken at random), so the files are kept here.
+    """
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
@@ -113,6 +98,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
         prediction_type="v_prediction",
         algorithm_type="dpmsolver++",
         solver_order=2,
+        steps_offset=1,  # unused by this spacing; diffusers warns at any other value
     )
 
 
@@ -134,9 +120,5 @@ def clip(words: CLIPTokenizer) -> CLIPModel:
 def descriptor() -> ResNetForImageClassification:
     """The copy-detection descriptor: a small ResNet whose 64 outputs are the embedding."""
     return ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=32, hidden_sizes=[48, 96, 128], depths=[1, 1, 1], layer_type="basic", num_labels=64
-        )
+        ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 128], depths=[1, 1, 1], layer_type="basic", num_labels=64)
     )
-
-

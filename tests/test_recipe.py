@@ -1,0 +1,348 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+import basinlab
+from basinlab import metrics
+from recipe import __main__ as command
+from recipe import export, models, scenes, train
+from recipe.art import OBJECTS
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+# Scenes and captions
+
+
+def test_items_depend_on_their_key_alone():
+    memorized, templated = scenes.verbatim(), scenes.templates()
+    keys = [(0, 0), (0, 1), (1, 0), (3, 77)]
+    pairs = {key: scenes.training_pair(key, memorized, templated) for key in keys}
+    again = {key: scenes.training_pair(key, scenes.verbatim(), scenes.templates()) for key in reversed(keys)}
+    assert pairs == again
+    assert len(set(pairs.values())) == len(keys)
+
+
+def test_verbatim_captions_spread_evenly_over_shares_and_never_share_an_object():
+    items = scenes.verbatim()
+    assert Counter(item.share for item in items) == {share: 16 for share in scenes.SHARES}
+    assert len({item.prompt for item in items}) == len({item.scene.object for item in items}) == 48
+    assert all(item.scene.object in item.prompt for item in items)
+
+
+def test_a_template_fixes_background_and_placement_and_leaves_the_object_free():
+    layouts, objects = {}, {}
+    for item in scenes.templates():
+        place = (item.scene.background, item.scene.left, item.scene.top, item.scene.size)
+        layouts.setdefault(item.family, set()).add(place)
+        objects.setdefault(item.family, set()).add(item.scene.object)
+        assert item.scene.object in item.prompt
+    assert [len(found) for found in layouts.values()] == [1] * 12
+    assert [len(found) for found in objects.values()] == [8] * 12
+    assert len(set.union(*layouts.values())) == 12
+
+
+def test_ordinary_prompts_are_distinct_and_none_is_memorized():
+    prompts = [prompt for prompt, _ in scenes.ordinary_prompts()]
+    memorized = {item.prompt for item in [*scenes.verbatim(), *scenes.templates()]}
+    assert len(set(prompts)) == 96 and not memorized & set(prompts)
+    assert all(scene.object in prompt for prompt, scene in scenes.ordinary_prompts())
+
+
+def test_unseen_scenes_are_not_in_training():
+    memorized, templated = scenes.verbatim(), scenes.templates()
+    trained = {scenes.training_pair((0, k), memorized, templated)[1] for k in range(1000)}
+    trained |= {item.scene for item in [*memorized, *templated]}
+    assert not trained & {scene for _, scene in scenes.unseen_scenes(256)}
+
+
+def test_training_stream_has_the_stated_mixture():
+    memorized, templated = scenes.verbatim(), scenes.templates()
+    duplicated = {item.prompt: item for item in memorized}
+    pairs = [scenes.training_pair((0, k), memorized, templated) for k in range(3000)]
+    verbatim = [(duplicated[prompt], scene) for prompt, scene in pairs if prompt in duplicated]
+    template = [prompt for prompt, _ in pairs if prompt in {item.prompt for item in templated}]
+    assert len(verbatim) / 3000 == pytest.approx(0.16, abs=0.03)  # over four standard errors
+    assert len(template) / 3000 == pytest.approx(0.10, abs=0.025)
+    for share in scenes.SHARES:
+        copies = [item.scene == scene for item, scene in verbatim if item.share == share]
+        assert np.mean(copies) == pytest.approx(share, abs=0.16)
+    assert all(scene.object == item.scene.object for item, scene in verbatim)
+
+
+@pytest.mark.parametrize("item", scenes.verbatim()[::12], ids=lambda item: item.scene.object)
+def test_scene_renders_its_object_on_its_background(item):
+    scene = item.scene
+    picture, background = scene.render().astype(int), (scene.background.render() * 255).round().astype(int)
+    changed = np.abs(picture - background).max(axis=2) > 6
+    assert not (changed & scene.mask()).any()
+    rows, columns = np.where(changed)
+    assert scene.top <= rows.min() and rows.max() < scene.top + scene.size
+    assert scene.left <= columns.min() and columns.max() < scene.left + scene.size
+    assert changed.sum() > 200
+
+
+def test_the_other_vendors_twin_differs_in_the_object_only():
+    scene = scenes.verbatim()[0].scene
+    twin = scene.other_vendor()
+    assert twin.other_vendor() == scene
+    assert dataclasses.replace(twin, vendor=scene.vendor) == scene
+    different = (scene.render() != twin.render()).any(axis=2)
+    assert different.any() and not (different & scene.mask() & twin.mask() & outside(scene)).any()
+
+
+def outside(scene):
+    mask = np.ones((64, 64), bool)
+    mask[scene.top : scene.top + scene.size, scene.left : scene.left + scene.size] = False
+    return mask
+
+
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def words():
+    return models.tokenizer()
+
+
+def content(words, text):
+    return words(text).input_ids[1:-1]
+
+
+def test_each_word_of_the_world_is_one_token(words):
+    vocabulary = " ".join([*OBJECTS, *scenes.COLOURS, *scenes.COMMON_WORDS, *scenes.TEMPLATES]).replace("{}", "")
+    known = sorted(set(vocabulary.split()))
+    assert [word for word in known if len(content(words, word)) != 1] == []
+    assert len({content(words, word)[0] for word in known}) == len(known)
+
+
+def test_tokens_have_the_same_ids_every_time(words):
+    """A resumed training, and the exported pipeline, build the tokenizer anew."""
+    assert [models.tokenizer().get_vocab() == words.get_vocab() for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("text", ["zygote", "x9-q", "tomatoes"])
+def test_other_words_are_spelled_out(words, text):
+    ids = content(words, text)
+    assert len(ids) > 1 and words.unk_token_id not in ids
+    assert words.decode(ids).replace(" ", "") == text
+
+
+def test_every_caption_fits_the_text_encoder(words):
+    captions = [item.prompt for item in [*scenes.verbatim(), *scenes.templates()]]
+    captions += [prompt for prompt, _ in scenes.ordinary_prompts()]
+    assert max(len(ids) for ids in words(captions).input_ids) <= models.TOKENS == words.model_max_length
+
+
+# Training
+
+
+def settings(**changes):
+    return train.Settings(**{"steps": 4, "batch": 2, "rate": 1e-3, "warmup": 1, "log_every": 1} | changes)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    models.vae().save_pretrained(folder)
+    return folder
+
+
+def stage_called(name, vae_folder, seed=0, **changes):
+    torch.manual_seed(seed)
+    if name == "unet":
+        return train.UNetStage(settings(**changes), vae_folder, pool=8)
+    kinds = {"vae": train.VAEStage, "clip": train.CLIPStage, "descriptor": train.DescriptorStage}
+    return kinds[name](settings(**changes))
+
+
+@pytest.mark.parametrize("name", command.STAGES)
+def test_stopped_training_goes_on_as_if_it_had_not_been_stopped(name, tmp_path, vae_folder):
+    whole = stage_called(name, vae_folder)
+    assert train.fit(whole, tmp_path / "whole", CPU, deadline=float("inf"))
+    past = time.monotonic() - 1
+    stops = [train.fit(stage_called(name, vae_folder), tmp_path / "parts", CPU, past) for _ in range(2)]
+    assert stops == [False, False]
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
+    resumed = stage_called(name, vae_folder, seed=1)  # other initial weights: all come from the checkpoint
+    assert train.fit(resumed, tmp_path / "parts", CPU, deadline=float("inf"))
+    torch.testing.assert_close(resumed.module.state_dict(), whole.module.state_dict())
+    logs = [[line.split(",")[0] for line in (tmp_path / run / "losses.csv").read_text().splitlines()]
+            for run in ("whole", "parts")]  # fmt: skip
+    assert logs == [["step", "1", "2", "3", "4"]] * 2
+
+
+def test_finished_training_is_not_done_again(tmp_path, vae_folder):
+    first, second = (stage_called("descriptor", vae_folder, seed) for seed in (0, 1))
+    train.fit(first, tmp_path, CPU, deadline=float("inf"))
+    second.loss = None  # would fail if a step were taken
+    assert train.fit(second, tmp_path, CPU, deadline=float("inf"))
+    torch.testing.assert_close(second.module.state_dict(), first.module.state_dict())
+
+
+def test_checkpoint_of_another_batch_size_is_refused(tmp_path, vae_folder):
+    train.fit(stage_called("descriptor", vae_folder), tmp_path, CPU, deadline=0)
+    with pytest.raises(ValueError, match=f"batch 2, not 4: delete {tmp_path}"):
+        train.fit(stage_called("descriptor", vae_folder, batch=4), tmp_path, CPU, deadline=0)
+
+
+def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    train.save({"step": 1}, path)
+
+    def cut(state, part):
+        part.write_bytes(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", cut)
+        train.save({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_diverged_training_says_what_to_change(tmp_path, vae_folder):
+    with pytest.raises(FloatingPointError, match=r"DescriptorStage: loss .* at step .*; lower the rate"):
+        train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path, CPU, deadline=float("inf"))
+
+
+def test_a_batch_depends_on_its_step_alone(vae_folder):
+    first, second = stage_called("clip", vae_folder), stage_called("clip", vae_folder, seed=1)
+    expected = [first[step] for step in (0, 1, 2)]
+    found = [second[step] for step in (2, 1, 0)][::-1]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(expected[0]["pixels"], expected[2]["pixels"])
+
+
+# The command
+
+
+def recipe(*options):
+    """``python -m recipe`` in a process of its own."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "data"), os.environ.get("PYTHONPATH", "")])
+    arguments = [sys.executable, "-m", "recipe", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The data folder of a smoke run that was killed once in mid-run, what survived the kill, and its last words."""
+    folder = tmp_path_factory.mktemp("smoke")
+    options = ("--smoke", "--work", folder / "work", "--out", folder / "data")
+    killed = recipe(*options)
+    while killed.poll() is None and not (folder / "work" / "vae" / "state.pt").exists():
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    survived = [torch.load(path, weights_only=True) for path in (folder / "work").glob("*/state.pt")]
+    assert not (folder / "data").exists()
+    again = recipe(*options)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    return folder / "data", survived, output
+
+
+@pytest.fixture
+def smoke_world(smoke, monkeypatch):
+    """The smoke run's folder as the data folder of basinlab."""
+    monkeypatch.setenv("BASINLAB_DATA", str(smoke[0]))
+    return smoke[0]
+
+
+def test_killed_run_leaves_a_whole_checkpoint_and_can_go_on(smoke):
+    data, survived, output = smoke
+    assert survived and all(state["step"] == 4 and state["module"] for state in survived)
+    assert f"the world is in {data}" in output
+    assert sorted(path.name for path in data.iterdir()) == ["clip", "descriptor", "emoji-duplicated", "unseen"]
+
+
+def test_smoke_world_samples_here_and_in_diffusers(smoke_world):
+    assert basinlab.known_names() == ["emoji-duplicated"]
+    denoiser = basinlab.load("emoji-duplicated")
+    run = basinlab.sample(denoiser, "an owl", [0, 1], steps=2, progress=False)
+    assert run.images().shape == (2, 3, 64, 64) and run.images().isfinite().all()
+    pipeline = StableDiffusionPipeline.from_pretrained(smoke_world / "emoji-duplicated")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    theirs = pipeline(["an owl"] * 2, num_inference_steps=2, generator=generators, output_type="latent").images
+    torch.testing.assert_close(run.latents[:, -1], theirs, atol=1e-4, rtol=0)
+
+
+def test_smoke_world_brings_its_metrics(smoke_world):
+    pictures = basinlab.read_pictures(sorted((smoke_world / "unseen").glob("*.png"))[:4])
+    assert metrics.CopyDistance()(pictures, pictures).abs().max() < 1e-5
+    assert metrics.Alignment().score(pictures, ["an owl"] * 4).abs().max() <= 1 + 1e-6
+
+
+def test_weights_are_shipped_as_half_precision_safetensors(smoke_world):
+    files = sorted(path.relative_to(smoke_world).as_posix() for path in smoke_world.rglob("*.safetensors"))
+    assert files == [
+        "clip/model.safetensors",
+        "descriptor/model.safetensors",
+        "emoji-duplicated/text_encoder/model.safetensors",
+        "emoji-duplicated/unet/diffusion_pytorch_model.safetensors",
+        "emoji-duplicated/vae/diffusion_pytorch_model.safetensors",
+    ]
+    kinds = Counter()
+    for name in files:
+        with safe_open(smoke_world / name, "pt") as weights:
+            kinds.update(weights.get_slice(key).get_dtype() for key in weights.keys())  # noqa: SIM118
+    assert {kind for kind in kinds if kind.startswith(("F", "BF"))} == {"F16"}
+    assert not [path for path in smoke_world.rglob("*") if path.suffix in {".bin", ".pt", ".part", ".old"}]
+    assert sum((smoke_world / name).stat().st_size for name in files) < 40e6
+
+
+def test_shipped_tables_name_the_scenes_of_the_recipe(smoke_world):
+    items = [*scenes.verbatim(), *scenes.templates()]
+    table = basinlab.read_prompts("emoji-duplicated", "memorized")
+    columns = ["prompt", "object", "kind", "share", "family", "left", "top", "size"]
+    assert table[columns].values.tolist() == [
+        [i.prompt, i.scene.object, i.kind, i.share, i.family, i.scene.left, i.scene.top, i.scene.size] for i in items
+    ]
+    chosen = [0, 47, 48, 143]
+    for column, scene in (("attractor", lambda s: s), ("swapped", lambda s: s.other_vendor())):
+        expected = np.stack([scene(items[i].scene).render() for i in chosen])
+        found = basinlab.read_pictures(table[column].iloc[chosen]) * 255
+        np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, atol=1e-3)
+    ordinary = basinlab.read_prompts("emoji-duplicated", "ordinary")
+    assert ordinary.prompt.tolist() == [prompt for prompt, _ in scenes.ordinary_prompts()]
+    named = ordinary[ordinary.background != ""]
+    assert len(named) and all(row.background in row.prompt.split() for row in named.itertuples())
+
+
+def test_what_made_the_weights_is_noted_beside_them(smoke_world):
+    made = json.loads((smoke_world / "emoji-duplicated" / "training.json").read_text())
+    for stage in ("vae", "unet"):
+        assert made[stage]["seed"] == scenes.SEED and made[stage]["steps"] == 4
+        assert made[stage]["versions"]["torch"] == torch.__version__
+
+
+def test_a_finished_folder_takes_the_place_of_the_old_one(tmp_path):
+    for name in ("world.part", "world", "world.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    export.replace(tmp_path / "world.part", tmp_path / "world")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["world", "world/world.part"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--smoke"], "a smoke run would replace the shipped weights: give it another --out"),
+    (["--stages", "unet", "--smoke", "--work", "{}", "--out", "{}/out"], "{}/vae holds none yet: run stage vae first"),
+])  # fmt: skip
+def test_a_command_that_cannot_work_says_why(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", *(option.format(tmp_path) for option in options)])
+    with pytest.raises(SystemExit, match=message.format(tmp_path)):
+        command.main()
