@@ -148,7 +148,7 @@ def run_grid(
     return pd.concat(tables, ignore_index=True)
 
 
-STARTS = (900, 800, 750, 700, 650, 600, 500, 400, 300, 200)
+STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
 
 
 def read_scenario(name: str) -> dict:
@@ -156,7 +156,7 @@ def read_scenario(name: str) -> dict:
     return json.loads((data_folder() / name / "scenario.json").read_text())
 
 
-def evaluate(denoiser: Denoiser, parts: str | Path, *, progress: bool = True) -> pd.DataFrame:
+def evaluate(denoiser: Denoiser, parts: str | Path, *, steps: int = 50, progress: bool = True) -> pd.DataFrame:
     """All samples that the claims about a bundled checkpoint rest on; column ``group`` says which they are.
 
     * memorized: 48 verbatim prompts x 8 seeds under CFG from T ("cfg"), CFG late ("late"), unguided ("none");
@@ -185,9 +185,8 @@ def evaluate(denoiser: Denoiser, parts: str | Path, *, progress: bool = True) ->
         if progress:
             print(f"{group}: {len(prompts)} prompts x {len(seeds)} seeds x {len(guidances)} guidances", flush=True)
         folder = Path(parts) / group
-        table = run_grid(
-            denoiser, prompts, seeds, guidances, judges, folder, measure=("none",), block=24, progress=progress
-        )
+        options = {"steps": steps, "measure": ("none",), "block": 24, "progress": progress}
+        table = run_grid(denoiser, prompts, seeds, guidances, judges, folder, **options)
         tables.append(table.assign(group=group))
     table = pd.concat(tables, ignore_index=True)
     table["start"] = pd.to_numeric(table["guidance"].str.removeprefix("start-"), errors="coerce")

@@ -92,7 +92,7 @@ def picture_grid(
     left: Tensor | None = None,
     left_title: str = "training\nimage",
 ) -> Figure:
-    """Pictures [R, N, 3, h, w], a label per row; ``framed`` [R, N] marks memorized ones in red.
+    """Pictures [R, N, 3, h, w], a label per row; ``framed`` [R, N] puts a frame around memorized ones.
 
     ``left`` [R, 3, h, w] puts a reference (the attractor) before each row.
     """
@@ -135,7 +135,8 @@ def funnel(projections: Mapping[str, "Projection"]) -> Figure:  # noqa: F821
         axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(0, 1000), title=name)
         axis.set(xticklabels=[], yticklabels=[])
         axis.set_zlabel("timestep t")
-        axis.view_init(elev=12, azim=-60)
+        axis.view_init(elev=14, azim=-60)
+        axis.set_box_aspect((1, 1, 1.25), zoom=1.05)
     figure.suptitle(f"sampling runs downwards in time, projected by {next(iter(projections.values())).method}", y=0.98)
     figure.tight_layout()
     return figure
@@ -192,7 +193,7 @@ def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataF
         left.hist(values, np.linspace(0, top, 60), density=True, color=COLOURS[name], alpha=0.55, label=name)
     left.axvline(radius, color="black", linestyle="--", label=f"radius {radius:.3f}")
     left.set(xlabel="distance D to the attractor", ylabel="density", yscale="symlog")
-    left.legend(fontsize=9)
+    left.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.plot(curve["false_positive"].clip(1e-5), curve["true_positive"], color="black")
     right.axvline(1e-3, color="gray", linestyle=":", label="0.1 % false positives")
     right.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate", ylim=(0, 1.03))
@@ -209,7 +210,7 @@ def per_prompt(table: pd.DataFrame) -> Figure:
         errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
         axis.errorbar(part.index, part["captured"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
     axis.set(xlabel="prompt", ylabel="capture probability", xticks=[], ylim=(-0.03, 1.03))
-    axis.legend(title="duplicate's share", loc="lower left")
+    axis.legend(title="duplicate's\nshare", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 
@@ -217,7 +218,7 @@ def per_prompt(table: pd.DataFrame) -> Figure:
 def start_slider(pictures: Tensor, starts: Sequence[int], memorized: Tensor):
     """An ipywidgets slider over the start of CFG; pictures [starts, seeds, 3, h, w] are only shown, not sampled.
 
-    ``memorized`` [starts, seeds] tells which are copies; those are framed in red.
+    ``memorized`` [starts, seeds] tells which are copies; those are framed.
     """
     import ipywidgets
 

@@ -64,16 +64,19 @@ def layout_floor(name: str, false_positive_rate: float = 0.001) -> float:
     return float(torch.cat(others).quantile(1 - false_positive_rate))
 
 
-def noise_colour_correlation(table: pd.DataFrame, denoiser: Denoiser) -> float:
-    """Correlation of the background's colour with the colour that the noise's mean alone would have.
-
-    The noise's mean [C] becomes a colour by the linear map that fits real scenes best (mean
-    latents to background colour); all three channels are pooled.
-    """
+def colour_of_mean(denoiser: Denoiser) -> torch.Tensor:
+    """The linear map [C, 3] from a latent's mean to a background colour that fits real scenes best."""
     pictures, _ = real_scenes()
     means = denoiser.encode(pictures).mean(dim=(2, 3))
     ones = torch.ones(len(means), 1)
-    linear = torch.linalg.lstsq(torch.cat([means, ones], 1), metrics.background_colour(pictures)).solution[:-1]
+    return torch.linalg.lstsq(torch.cat([means, ones], 1), metrics.background_colour(pictures)).solution[:-1]
+
+
+def noise_colour_correlation(table: pd.DataFrame, linear: torch.Tensor) -> float:
+    """Correlation of the background's colour with the colour that the noise's mean alone would have.
+
+    ``linear`` is that of `colour_of_mean`; all three channels are pooled.
+    """
     tint = (torch.tensor(np.stack(table["noise_mean"]), dtype=torch.float32) @ linear).numpy()
     colour = np.stack(table["background_rgb"])
     centred = [(x - x.mean(axis=0)) / x.std(axis=0) for x in (tint, colour)]
@@ -152,7 +155,8 @@ def _ordinary(card: _Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
     card.share("ordinary, CFG from T: inside any duplicate's ball", ordinary["near"], most=0.02)
     card.share("ordinary, CFG from T: object named right", ordinary["object_right"], 0.70)
     named = ordinary[ordinary["background"] != ""]
-    correlation = lambda part: noise_colour_correlation(part, denoiser)  # noqa: E731
+    linear = colour_of_mean(denoiser)
+    correlation = lambda part: noise_colour_correlation(part, linear)  # noqa: E731
     value = correlation(named)
     card.add(
         "ordinary, colour named: its correlation with the noise's mean",

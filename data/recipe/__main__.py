@@ -19,6 +19,7 @@ from . import export, train
 
 DATA = Path(__file__).resolve().parents[1]
 STAGES = ("vae", "unet", "clip", "descriptor")
+FURTHER_EPOCH = 100  # of the stream of scenes, so that training on sees new ones
 VERSIONS = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -30,8 +31,8 @@ def settings_for(name: str, smoke: bool, steps: int | None) -> train.Settings:
     return dataclasses.replace(chosen, steps=steps or chosen.steps)
 
 
-def build(name: str, settings: train.Settings, work: Path, smoke: bool) -> train.Stage:
-    """The stage called ``name``, its weights initialised from the recipe's seed."""
+def build(name: str, settings: train.Settings, work: Path, smoke: bool, further: bool) -> train.Stage:
+    """The stage called ``name``, its weights from the recipe's seed or, to go ``further``, the shipped ones."""
     torch.manual_seed(train.scenes.SEED)
     if name == "vae":
         return train.VAEStage(settings)
@@ -41,14 +42,19 @@ def build(name: str, settings: train.Settings, work: Path, smoke: bool) -> train
         return train.DescriptorStage(settings)
     if not (work / "vae" / "model" / "config.json").exists():
         sys.exit(f"the U-Net trains on latents of the VAE, and {work / 'vae'} holds none yet: run stage vae first")
-    pool = {"pool": 64} if smoke else {}
-    return train.UNetStage(settings, work / "vae" / "model", **pool)
+    stage = train.UNetStage(settings, work / "vae" / "model", **({"pool": 64} if smoke else {}))
+    if further:
+        stage.first_epoch = FURTHER_EPOCH
+        for part, module in (("unet", stage.module["unet"]), ("text_encoder", stage.module["text"])):
+            module.load_state_dict(type(module).from_pretrained(work / "unet" / "model" / part).state_dict())
+    return stage
 
 
-def record(name: str, settings: train.Settings, work: Path, device: torch.device) -> None:
+def record(name: str, settings: train.Settings, work: Path, device: torch.device, further: bool) -> None:
     """Note beside the weights what made them; ``export`` gathers these into training.json."""
     rows = (work / name / "losses.csv").read_text().splitlines()
     header, last = rows[0].split(","), rows[-1].split(",")
+    before = {"started_from": json.loads((work / name / "made.json").read_text())} if further else {}
     made = {
         "command": f"python -m recipe --stages {name} --steps {settings.steps}",
         "seed": train.scenes.SEED,
@@ -57,6 +63,7 @@ def record(name: str, settings: train.Settings, work: Path, device: torch.device
         "last_losses": dict(zip(header[2:], map(float, last[2:]), strict=True)),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
+        **before,
         "versions": {package: version(package) for package in VERSIONS},
     }
     (work / name / "made.json").write_text(json.dumps(made, indent=1))
@@ -73,18 +80,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA, help="where the finished folders go")
     parser.add_argument("--smoke", action="store_true", help="four steps of everything, to see that it runs")
     parser.add_argument("--draft", action="store_true", help="export unfinished stages too, to look at them")
+    parser.add_argument("--further", action="store_true", help="start the U-Net from the shipped weights; give --steps")
     options = parser.parse_args()
     device, deadline = torch.device(options.device), time.monotonic() + options.minutes * 60
     if options.smoke and options.out == DATA:
         sys.exit("a smoke run would replace the shipped weights: give it another --out")
+    if options.further:
+        if options.stages != ["unet"] or not options.steps:
+            sys.exit("--further trains the shipped U-Net on: give it --stages unet and --steps")
+        if not (options.work / "unet" / "state.pt").exists():
+            export.unpack(options.out, options.work)
     for name in options.stages:
         settings = settings_for(name, options.smoke, options.steps)
-        stage = build(name, settings, options.work, options.smoke)
+        stage = build(name, settings, options.work, options.smoke, options.further)
         done = train.fit(stage, options.work / name, device, deadline, options.workers)
         if not done and not options.draft:
             print(f"{name}: stopped at a checkpoint in {options.work / name}; run the same command again to go on")
             return
-        record(name, settings, options.work, device)
+        record(name, settings, options.work, device, options.further)
         export.store(name, stage, options.work / name / "model", device)
         print(f"{name}: done, in {options.work / name / 'model'}")
     if all((options.work / name / "made.json").exists() for name in STAGES):

@@ -15,6 +15,11 @@ from . import models, scenes, train
 
 NAME = "emoji-duplicated"
 UNSEEN = 256
+SCENARIO = {
+    "guidance_scale": 3.0,
+    "late_start": 500,
+    "reason": "",
+}
 MEMORIZED_COLUMNS = ("prompt", "object", "kind", "share", "attractor", "swapped", "family", "left", "top", "size")
 
 
@@ -53,6 +58,7 @@ def publish(work: Path, out: Path) -> None:
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     words.backend_tokenizer.model.save(str(part / "tokenizer"))  # the two files that older readers look for
     write_prompts(part)
+    (part / "scenario.json").write_text(json.dumps(SCENARIO, indent=1) + "\n")
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
     for name in ("vae", "unet"):
@@ -71,6 +77,26 @@ def publish(work: Path, out: Path) -> None:
         replace(part, out / name)
     write_unseen(fresh(out / "unseen.part"))
     replace(out / "unseen.part", out / "unseen")
+
+
+def unpack(out: Path, work: Path) -> None:
+    """The inverse of ``publish``: shipped weights as finished stages in ``work``, to train them further."""
+    made = json.loads((out / NAME / "training.json").read_text())
+    shipped = {
+        "vae/model": (models.AutoencoderKL, out / NAME / "vae"),
+        "unet/model/unet": (models.UNet2DConditionModel, out / NAME / "unet"),
+        "unet/model/text_encoder": (CLIPTextModel, out / NAME / "text_encoder"),
+        "clip/model": (CLIPModel, out / "clip"),
+        "descriptor/model": (ResNetForImageClassification, out / "descriptor"),
+    }
+    for place, (kind, folder) in shipped.items():
+        kind.from_pretrained(folder).float().save_pretrained(work / place)
+    for name in ("vae", "unet"):
+        (work / name / "made.json").write_text(json.dumps(made[name]))
+        shutil.copyfile(out / NAME / f"losses-{name}.csv", work / name / "losses.csv")
+    for name in ("clip", "descriptor"):
+        shutil.copyfile(out / name / "training.json", work / name / "made.json")
+        shutil.copyfile(out / name / "losses.csv", work / name / "losses.csv")
 
 
 def fresh(folder: Path) -> Path:

@@ -43,7 +43,7 @@ SETTINGS = {
     "vae": Settings(steps=3000, batch=16, rate=1e-3),
     "clip": Settings(steps=1200, batch=64, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
-    "unet": Settings(steps=17000, batch=32, rate=1e-3, average=0.9995),
+    "unet": Settings(steps=21500, batch=32, rate=1e-3, decay=0.5, average=0.9995),
 }
 
 
@@ -211,6 +211,7 @@ class UNetStage(Stage):
     """
 
     number = 4
+    first_epoch = 0
     POOL = 32768
     DROPOUT = 0.1
 
@@ -257,7 +258,7 @@ class UNetStage(Stage):
         return self.loaded[1:]
 
     def batch(self, step, rng):
-        latents, tokens = self.encoded(step // self.renew)
+        latents, tokens = self.encoded(self.first_epoch + step // self.renew)
         chosen = torch.from_numpy(rng.integers(len(latents), size=self.settings.batch))
         dropped = torch.from_numpy(rng.random(self.settings.batch) < self.DROPOUT)
         strata = torch.arange(self.settings.batch) + torch.from_numpy(rng.random(self.settings.batch))
