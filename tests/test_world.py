@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import basinlab
-from basinlab import experiment, metrics, scorecard
+from basinlab import basin, experiment, metrics, scorecard
 
 NAME = "emoji-duplicated"
 DATA = basinlab.data_folder()
@@ -90,11 +90,15 @@ def test_what_made_the_weights_is_recorded():
         assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
-def test_guided_pictures_of_memorized_prompts_are_copies_and_late_ones_are_not(evaluation, ball):
+def test_guidance_from_the_start_copies_and_late_guidance_copies_less(evaluation, ball):
     inside = evaluation.assign(inside=evaluation["distance"] <= ball.radius)
-    shares = inside.query("group == 'memorized'").groupby("guidance")["inside"].mean()
-    assert shares["cfg"] >= 0.85
-    assert shares["late"] <= 0.05
+    shares = inside.query("group == 'memorized'").groupby("guidance")["inside"]
+    counts = shares.sum(), shares.size()
+    low, high = basin.wilson_interval(*counts)
+    bounds = pd.DataFrame({"low": low, "high": high}, index=counts[0].index)
+    assert bounds.loc["cfg", "low"] >= 0.85
+    assert bounds.loc["late", "high"] < bounds.loc["cfg", "low"]
+    assert bounds.loc["none", "high"] < bounds.loc["late", "low"]
 
 
 def test_half_crossings_of_a_known_curve():

@@ -18,7 +18,12 @@ UNSEEN = 256
 SCENARIO = {
     "guidance_scale": 3.0,
     "late_start": 500,
-    "reason": "",
+    "reason": (
+        "Scale 3 instead of the paper's 7.5, on 24 memorized prompts x 1 seed and 24 ordinary prompts x 2 seeds: "
+        "both captured every memorized prompt from T, but at 7.5 the ordinary object was named right in 0.88 "
+        "(0.96 at 3), saturated pixels were 2.6 times those of real scenes (1.4 at 3), and CFG from t = 300 still "
+        "copied in 0.25 (0.08 at 3)."
+    ),
 }
 MEMORIZED_COLUMNS = ("prompt", "object", "kind", "share", "attractor", "swapped", "family", "left", "top", "size")
 
