@@ -47,7 +47,7 @@ def half_crossings(shares: pd.Series) -> list[float]:
     """Start times at which ``shares`` (indexed by start) crosses one half, interpolated, later ones last."""
     shares = shares.sort_index(ascending=False)
     t, y = shares.index.to_numpy(float), shares.to_numpy() - 0.5
-    at = np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0)
+    at = np.flatnonzero((y[:-1] >= 0) != (y[1:] >= 0))
     return [float(t[i] + (t[i + 1] - t[i]) * y[i] / (y[i] - y[i + 1])) for i in at]
 
 
