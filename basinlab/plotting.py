@@ -167,7 +167,7 @@ def dispersion(table: pd.DataFrame) -> Figure:
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         _bands(axis, table[table["of"] == kind])
         axis.set_title(title)
-    axes[0].set_ylabel("mean distance between seeds")
+    axes[0].set(ylabel="mean distance between seeds", ylim=(0, 1.05 * table["high"].max()))
     axes[0].legend(loc="lower left")
     figure.tight_layout()
     return figure
