@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -213,6 +214,6 @@ def read_evaluation(denoiser: Denoiser) -> pd.DataFrame:
 def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:
     """Guidance magnitudes [B, S] of the unguided trajectories of an evaluation, memorized and ordinary."""
     return {
-        f"{group}, no CFG": torch.tensor(table.query("group == @group and guidance == 'none'")["magnitude"].tolist())
+        f"{group}, no CFG": torch.tensor(np.stack(table.query("group == @group and guidance == 'none'")["magnitude"]))
         for group in ("memorized", "ordinary")
     }

@@ -62,6 +62,10 @@ def publish(work: Path, out: Path) -> None:
     config = part / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     words.backend_tokenizer.model.save(str(part / "tokenizer"))  # the two files that older readers look for
+    for path in part.glob("*/config.json"):  # where the weights lay while they were made is nobody's concern
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     write_prompts(part)
     (part / "scenario.json").write_text(json.dumps(SCENARIO, indent=1) + "\n")
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
