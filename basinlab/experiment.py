@@ -114,13 +114,13 @@ def run_grid(
 
     Raises ValueError or OSError when a part in ``folder`` has other settings or is damaged.
     """
-    folder, tables = Path(folder), []
+    folder, tables, weights = Path(folder), [], denoiser.fingerprint()
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
     with tqdm(total=len(blocks) * len(guidances), unit="part", disable=not progress) as bar:
         for name, guidance in guidances.items():
             for number, rows in enumerate(blocks):
                 settings = {
-                    "weights": denoiser.fingerprint(),
+                    "weights": weights,
                     "guidance": _describe(guidance),
                     "prompts": rows["prompt"].tolist(),
                     "seeds": list(seeds),

@@ -56,7 +56,7 @@ def record(name: str, settings: train.Settings, work: Path, device: torch.device
     header, last = rows[0].split(","), rows[-1].split(",")
     before = {"started_from": json.loads((work / name / "made.json").read_text())} if further else {}
     made = {
-        "command": f"python -m recipe --stages {name} --steps {settings.steps}",
+        "command": f"python -m recipe --stages {name} --steps {settings.steps}{' --further' * further}",
         "seed": train.scenes.SEED,
         **dataclasses.asdict(settings),
         "hours": round(float(last[1]) / 3600, 2),
