@@ -17,8 +17,16 @@ ensure_importable()
 
 _HOMES = {
     "models": ("Denoiser", "load", "known_names", "read_prompts", "read_pictures", "data_folder"),
-    "guidance": ("ConstantGuidance", "StaticTransitionPoint"),
-    "sampling": ("Trajectory", "sample"),
+    "mixture": ("MixtureDenoiser", "PlaneDistance"),
+    "guidance": (
+        "ConstantGuidance",
+        "StaticTransitionPoint",
+        "DynamicTransitionPoint",
+        "OppositeGuidance",
+        "GuidanceInterval",
+        "ScheduledGuidance",
+    ),
+    "sampling": ("Trajectory", "Sweep", "sample", "sample_from", "sweep", "bisect"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = (*_HOMES, "basin", "metrics", "projection", "plotting", "experiment", "scorecard")

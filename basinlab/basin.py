@@ -1,9 +1,10 @@
-"""The paper's definitions, measured: attractor, perceptual ball, capture probability.
+"""The paper's definitions, measured: attractor, perceptual ball, capture probability, transition point, funnel.
 
 Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the
 initial noise, inside the ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta.
 Here the ball's radius is calibrated on pictures that are known not to be copies, "whatever
-the noise" becomes many seeds, and a probability comes with its Wilson interval.
+the noise" becomes many seeds, and a probability comes with its Wilson interval. Definition 3's
+transition point is read off samples whose guidance starts at many timesteps.
 """
 
 import math
@@ -16,8 +17,10 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
+from .guidance import ConstantGuidance
 from .metrics import mean_pairwise_distance
-from .sampling import Trajectory
+from .models import Denoiser
+from .sampling import Bisection, Sweep, Trajectory, bisect, sample_from
 
 
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +45,8 @@ def bootstrap_interval(
     values, rng = np.asarray(values), np.random.default_rng(seed)
     drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)]
     tail = (1 - confidence) / 2
-    return float(np.quantile(drawn, tail)), float(np.quantile(drawn, 1 - tail))
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -99,18 +103,34 @@ def auc(positives: Tensor, negatives: Tensor) -> float:
     return float(((p > n).double() + 0.5 * (p == n).double()).mean())
 
 
-def outcomes(run, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
-    """One row a sample of ``run``: prompt, seed, distance to its attractor, inside or not.
+def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
+    """One row a sample of ``run``: prompt, seed, distance to its attractor, inside or not; of a sweep, also start.
 
     Args:
-        run: a Trajectory of B samples.
+        run: B samples, or B samples at F start times.
         attractors: [B, 3, height, width], the attractor of each sample's prompt.
         distance: D, such as `metrics.CopyDistance`.
+
+    Raises ValueError when there is not one attractor a sample.
     """
-    distances = distance(run.images(), attractors)
-    return pd.DataFrame(
-        {"prompt": run.prompts, "seed": run.seeds, "distance": distances, "inside": distances <= ball.radius}
+    if len(attractors) != len(run.prompts):
+        raise ValueError(f"{len(attractors)} attractors for {len(run.prompts)} samples: give one for each")
+    pictures, starts = run.images(), [None]
+    if isinstance(run, Sweep):
+        starts, pictures = run.starts, pictures.flatten(0, 1)
+        attractors = attractors.repeat_interleave(len(starts), dim=0)
+    distances = distance(pictures, attractors)
+    table = pd.DataFrame(
+        {
+            "prompt": np.repeat(np.array(run.prompts, object), len(starts)),
+            "seed": np.repeat(run.seeds, len(starts)),
+            "distance": distances,
+            "inside": distances <= ball.radius,
+        }
     )
+    if isinstance(run, Sweep):
+        table.insert(2, "start", np.tile(starts, len(run.prompts)))
+    return table
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
@@ -177,6 +197,170 @@ def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFram
     """Mean over the rows of ``values`` [N, S] at each timestep, with its bootstrap interval."""
     low, high = zip(*[bootstrap_interval(column, resamples=500) for column in values.T], strict=True)
     return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
+
+
+def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
+    """Definition 3, measured: at which start time the outcome of each (prompt, seed) flips.
+
+    Args:
+        table: of `outcomes` of a sweep; the same start times for every sample.
+        of: the outcome, true while the start is early.
+
+    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured),
+    captured_at and free_at (the start times on either side of the flip), point (their middle; NaN
+    where nothing flips), and against, how many start times disagree with one flip: 0 where the
+    outcome is monotone (column monotone). The flip is put where the fewest disagree, at the
+    earliest start if there are several such places.
+    """
+    wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
+    wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
+    wide = wide[sorted(wide.columns, reverse=True)]
+    inside, starts = wide.to_numpy(), wide.columns.tolist()
+    # wrong[m]: start times that disagree with "captured at the first m, free at the rest"
+    free_early = np.cumsum(~inside, axis=1)
+    held_late = inside.sum(axis=1, keepdims=True) - np.cumsum(inside, axis=1)
+    wrong = np.concatenate([inside.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
+    flip = wrong.argmin(axis=1)
+    points = _points(wide.index.to_frame(index=False), flip, starts)
+    against = wrong.min(axis=1)
+    return points.assign(against=against, monotone=against == 0)
+
+
+def transition_points_by_bisection(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    attractors: Tensor,
+    distance,
+    ball: Ball,
+    starts: Sequence[int] | None = None,
+    **options,
+) -> tuple[pd.DataFrame, Bisection]:
+    """`transition_points` without the whole sweep: the flip of each sample is found by halving.
+
+    Args:
+        attractors: [B, 3, height, width], one a sample, prompt-major.
+        starts, options: as of `sampling.bisect`.
+
+    Returns the table, with the same columns but against and monotone, which halving cannot see
+    (where the outcome is not monotone it finds one of the flips), and the bisection itself.
+    """
+    found = bisect(
+        denoiser,
+        prompts,
+        seeds,
+        lambda pictures, rows: distance(pictures, attractors[rows]) <= ball.radius,
+        starts,
+        **options,
+    )
+    samples = pd.DataFrame({"prompt": found.prompts, "seed": found.seeds})
+    return _points(samples, found.captured.numpy(), found.starts), found
+
+
+def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> pd.DataFrame:
+    """The table of `transition_points`; ``flip`` start times, from the earliest, capture."""
+    edges = np.array([np.nan, *starts, np.nan])
+    captured_at, free_at = edges[flip], edges[flip + 1]
+    outcome = np.select([flip == 0, flip == len(starts)], ["never", "always"], "flips")
+    return samples.assign(outcome=outcome, captured_at=captured_at, free_at=free_at, point=(captured_at + free_at) / 2)
+
+
+def membership(
+    denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, ball: Ball, **options
+) -> Tensor:
+    """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
+
+    Args:
+        states: [B, C, H, W]; from each, CFG runs to the end.
+        attractor: one picture.
+        options: of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
+    """
+    run = sample_from(denoiser, [prompt] * len(states), states, timestep, progress=False, **options)
+    return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= ball.radius
+
+
+def escapes(
+    run: Trajectory,
+    attractors: Tensor,
+    distance,
+    ball: Ball,
+    timesteps: Sequence[int],
+    radii: Sequence[float],
+    guidance=None,
+    *,
+    seed: int = 0,
+    **options,
+) -> pd.DataFrame:
+    """Push captured trajectories off their way and see which still end in the ball.
+
+    At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction,
+    root mean square over the latent's numbers, so that r = 1 is as far as the noise at t itself; then
+    ``guidance`` goes on to the end.
+
+    Args:
+        run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
+        attractors: [B, 3, height, width].
+        radii: r; the same direction for all r of a state.
+        options: of `sampling.sample_from`.
+
+    Returns one row a push: prompt, seed, t, radius, escaped. Raises ValueError when a trajectory was
+    not recorded or a timestep is none of its.
+    """
+    guidance = ConstantGuidance() if guidance is None else guidance
+    if run.predicted is None:
+        raise ValueError("these trajectories kept their last latents only: sample again with record=True")
+    times, steps, parts = run.timesteps.tolist(), len(run.timesteps), []
+    generator = torch.Generator().manual_seed(seed)
+    for t in timesteps:
+        if t not in times:
+            raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
+        states = run.latents[:, times.index(t)]
+        direction = torch.randn(states.shape, generator=generator)
+        direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
+        noise_level = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu()
+        pushed = torch.cat([states + r * noise_level * direction for r in radii])
+        count = len(radii)
+        end = sample_from(
+            run.denoiser, run.prompts * count, pushed, t, guidance, seeds=run.seeds * count, steps=steps, **options
+        )
+        inside = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= ball.radius
+        radius = np.repeat(list(radii), len(run))
+        parts.append(
+            pd.DataFrame({"prompt": end.prompts, "seed": end.seeds, "t": t, "radius": radius, "escaped": ~inside})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
+    """The radius at which half of the pushed trajectories escape, over t: the width of the paper's funnel.
+
+    Args:
+        table: of `escapes`.
+
+    Returns columns t, width, low, high (95% bootstrap over trajectories) and n; the share that
+    escapes is interpolated between radii. Infinite where fewer than half escape at the largest.
+    """
+    rows = []
+    for t, part in table.groupby("t", sort=False):
+        wide = part.pivot(index=["prompt", "seed"], columns="radius", values="escaped").astype(float)
+        radii, values = wide.columns.to_numpy(), wide.to_numpy()
+        low, high = bootstrap_interval(
+            values, lambda drawn, radii=radii: _half(radii, drawn.mean(axis=0)), resamples=500
+        )
+        rows.append((t, _half(radii, values.mean(axis=0)), low, high, len(values)))
+    return pd.DataFrame(rows, columns=["t", "width", "low", "high", "n"])
+
+
+def _half(radii: np.ndarray, escaped: np.ndarray) -> float:
+    """Where ``escaped`` first reaches one half."""
+    above = np.flatnonzero(escaped >= 0.5)
+    if not len(above):
+        return np.inf
+    i = above[0]
+    if i == 0:
+        return float(radii[0])
+    share = (0.5 - escaped[i - 1]) / (escaped[i] - escaped[i - 1])
+    return float(radii[i - 1] + share * (radii[i] - radii[i - 1]))
 
 
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:

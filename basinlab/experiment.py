@@ -20,14 +20,9 @@ from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
 from . import metrics
-from .guidance import ConstantGuidance, StaticTransitionPoint
+from .guidance import ConstantGuidance, StaticTransitionPoint, describe
 from .models import Denoiser, data_folder, read_pictures, read_prompts
 from .sampling import Trajectory, initial_noise, sample
-
-
-def _describe(guidance: BaseGuidance) -> dict:
-    config = {k: v for k, v in guidance.config.items() if not k.startswith("_")}
-    return {"guider": type(guidance).__name__, **config}
 
 
 def _read(path: Path, expected: dict) -> pd.DataFrame:
@@ -121,7 +116,7 @@ def run_grid(
             for number, rows in enumerate(blocks):
                 settings = {
                     "weights": weights,
-                    "guidance": _describe(guidance),
+                    "guidance": describe(guidance),
                     "prompts": rows["prompt"].tolist(),
                     "seeds": list(seeds),
                     "steps": steps,

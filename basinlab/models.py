@@ -37,14 +37,70 @@ def known_names() -> list[str]:
     return sorted(path.parent.name for path in data_folder().glob("*/model_index.json"))
 
 
-@dataclass
 class Denoiser:
-    """phi: X x (0, T] x E -> X (paper, Definition 1), with the parts that turn words and latents around.
+    """phi: X x (0, T] x E -> X (paper, Definition 1), with what belongs around it.
 
-    Calling it gives the network's prediction in the kind (``epsilon`` or ``v_prediction``) that its
-    scheduler takes; ``guidance_magnitude`` and ``predicted_clean`` convert where the paper's
-    quantities are meant.
+    Subclasses have ``name``, ``scheduler`` (a diffusers scheduler: its config is the noise schedule),
+    ``device``, ``dtype``, ``latent_shape`` (C, H, W), and define ``embed``, ``__call__``, ``decode``
+    and ``fingerprint``. Calling one gives the prediction in the kind (``epsilon`` or
+    ``v_prediction``) that its scheduler takes; ``epsilon_scale`` and ``predicted_clean`` convert
+    where the paper's quantities are meant.
     """
+
+    name: str
+    scheduler: SchedulerMixin
+    device: torch.device
+    dtype: torch.dtype
+    latent_shape: tuple[int, int, int]
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings e of ``prompts``, [B, L, E]; "" is the empty prompt of the unconditional prediction."""
+        raise NotImplementedError
+
+    def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
+        """The prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E]."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of clean latents."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Which weights these are."""
+        raise NotImplementedError
+
+    @property
+    def train_timesteps(self) -> int:
+        """T, the length of the training schedule."""
+        return self.scheduler.config.num_train_timesteps
+
+    def alpha_bar(self, timestep: int | Tensor) -> Tensor:
+        """The share of the clean latents' variance that is left at ``timestep``."""
+        return self.scheduler.alphas_cumprod[int(timestep)].to(self.device)
+
+    @property
+    def predicts_v(self) -> bool:
+        """Whether the network predicts v (Salimans and Ho 2022) rather than epsilon."""
+        return self.scheduler.config.prediction_type == "v_prediction"
+
+    def epsilon_scale(self, timestep: int | Tensor) -> Tensor | float:
+        """What a difference of two predictions is multiplied by to be one of epsilon.
+
+        For v-prediction eps_c - eps_u = sqrt(alpha_bar_t) (v_c - v_u).
+        """
+        return self.alpha_bar(timestep).sqrt() if self.predicts_v else 1.0
+
+    def predicted_clean(self, latents: Tensor, prediction: Tensor, timestep: int | Tensor) -> Tensor:
+        """The clean latents that ``prediction`` at ``latents`` implies, [B, C, H, W]."""
+        alpha_bar = self.alpha_bar(timestep)
+        if self.predicts_v:
+            return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * prediction
+        return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+
+
+@dataclass
+class StableDiffusion(Denoiser):
+    """The parts of a StableDiffusionPipeline as a `Denoiser`."""
 
     name: str
     folder: Path
@@ -62,22 +118,17 @@ class Denoiser:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return (self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
+
     def fingerprint(self) -> str:
         """The first 16 digits of the SHA-256 of all weights in the checkpoint's folder: which weights these are."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*.safetensors")):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
-        return (self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
-
-    @property
-    def train_timesteps(self) -> int:
-        """T, the length of the training schedule."""
-        return self.scheduler.config.num_train_timesteps
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Text states of ``prompts``, [B, L, E]; "" is the empty prompt of the unconditional prediction.
@@ -100,29 +151,6 @@ class Denoiser:
         """The network's prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E]."""
         with torch.inference_mode():
             return self.unet(latents, timestep, encoder_hidden_states=embedding, return_dict=False)[0]
-
-    def _alpha_bar(self, timestep: int | Tensor) -> Tensor:
-        return self.scheduler.alphas_cumprod[int(timestep)].to(self.device)
-
-    def guidance_magnitude(self, conditional: Tensor, unconditional: Tensor, timestep: int | Tensor) -> Tensor:
-        """||eps_c - eps_u||_2 per sample, [B] (paper, section on transition points).
-
-        Always of epsilon: for v-prediction eps_c - eps_u = sqrt(alpha_bar_t) (v_c - v_u).
-        """
-        norm = (conditional.float() - unconditional.float()).flatten(1).norm(dim=1)
-        return norm * self._alpha_bar(timestep).sqrt() if self.predicts_v else norm
-
-    @property
-    def predicts_v(self) -> bool:
-        """Whether the network predicts v (Salimans and Ho 2022) rather than epsilon."""
-        return self.scheduler.config.prediction_type == "v_prediction"
-
-    def predicted_clean(self, latents: Tensor, prediction: Tensor, timestep: int | Tensor) -> Tensor:
-        """The clean latents that ``prediction`` at ``latents`` implies, [B, C, H, W]."""
-        alpha_bar = self._alpha_bar(timestep)
-        if self.predicts_v:
-            return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * prediction
-        return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
 
     def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
         """Pictures [B, 3, height, width] float32 in 0..1, on the CPU."""
@@ -175,7 +203,7 @@ def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = 
             "restore that folder, for a bundled one with `git checkout -- data`"
         ) from error
     pipeline.to(device)
-    return Denoiser(
+    return StableDiffusion(
         name=folder.name,
         folder=folder,
         tokenizer=pipeline.tokenizer,

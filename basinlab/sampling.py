@@ -3,22 +3,31 @@
 ``sample`` runs every prompt with every seed. Initial noise comes from one CPU generator per
 seed, so that (prompt, seed) means the same picture on any device and in any batch; at each
 step the predictions that the guidance needs go through the network in one call.
+``sweep`` starts the guidance at many timesteps, ``bisect`` looks for the one at which the
+outcome flips: both run the steps before once, and go on from there in forks.
+``sample_from`` goes on from any states.
 """
 
 import copy
 import inspect
-from collections.abc import Sequence
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .guidance import ConstantGuidance
+from .guidance import ConstantGuidance, describe
 from .models import Denoiser
 
 
@@ -34,6 +43,8 @@ class Trajectory:
         predicted: [B, S, C, H, W], the clean latents predicted at each step under the guidance
             in force; None with ``record=False``.
         guidance_magnitude: [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made.
+        transition_point: [B], the first timestep at which the full guidance acted; NaN where the
+            guidance has no such point, or a dynamic one found none.
         network_calls: [B], conditional plus unconditional predictions.
     """
 
@@ -43,6 +54,7 @@ class Trajectory:
     latents: Tensor
     predicted: Tensor | None
     guidance_magnitude: Tensor
+    transition_point: Tensor
     network_calls: Tensor
     denoiser: Denoiser = field(repr=False)
 
@@ -80,6 +92,7 @@ class Trajectory:
             self.latents[rows],
             None if self.predicted is None else self.predicted[rows],
             self.guidance_magnitude[rows],
+            self.transition_point[rows],
             self.network_calls[rows],
             self.denoiser,
         )
@@ -98,7 +111,7 @@ def _noise(denoiser: Denoiser, generators: list[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(denoiser.latent_shape, generator=g) for g in generators])
 
 
-def _checked(denoiser, prompts, seeds, guidance, steps) -> tuple[list[str], list[int]]:
+def _checked(denoiser, prompts, seeds, guidances, steps) -> tuple[list[str], list[int]]:
     """Prompts and seeds as lists, after saying what is wrong with any argument."""
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -110,7 +123,7 @@ def _checked(denoiser, prompts, seeds, guidance, steps) -> tuple[list[str], list
         raise ValueError(f"prompt {blank[0]} is empty; for unconditional sampling use ConstantGuidance(0)")
     if not 1 <= steps <= denoiser.train_timesteps:
         raise ValueError(f"steps is {steps}: give 1 to {denoiser.train_timesteps}")
-    for t in getattr(guidance, "timesteps_named", tuple)():
+    for t in [t for guidance in guidances for t in getattr(guidance, "timesteps_named", tuple)()]:
         if not 0 <= t < denoiser.train_timesteps:
             raise ValueError(f"timestep {t} is outside the schedule: give 0 to {denoiser.train_timesteps - 1}")
     return prompts, seeds
@@ -160,16 +173,52 @@ def sample(
         FloatingPointError: latents became NaN or infinite; says at which step of which prompt.
     """
     guidance = ConstantGuidance() if guidance is None else guidance
-    prompts, seeds = _checked(denoiser, prompts, seeds, guidance, steps)
-    states, empty = denoiser.embed(prompts), denoiser.embed([""])
-    which = [(p, s) for p in range(len(prompts)) for s in seeds]
-    parts = []
-    with tqdm(total=len(which) * steps, unit="step", disable=not progress) as bar:
-        for start in range(0, len(which), batch_size):
-            rows, row_seeds = zip(*which[start : start + batch_size], strict=True)
-            run = _Run(denoiser, copy.deepcopy(guidance), states[list(rows)], empty, record, measure, bar)
-            names = [prompts[p] for p in rows]
-            parts.append(run(names, list(row_seeds), _scheduler(denoiser, scheduler, steps)))
+    job = _Job.of(denoiser, prompts, seeds, (guidance,), steps, scheduler)
+    options = {"record": record, "measure": measure}
+    with tqdm(total=len(job) * steps, unit="step", disable=not progress) as bar:
+        parts = [_run(job, rows, job.beginning(rows), 0, guidance, bar, **options) for rows in job.blocks(batch_size)]
+    return _joined(parts)
+
+
+def sample_from(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    latents: Tensor,
+    timestep: int,
+    guidance: BaseGuidance | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    steps: int = 50,
+    scheduler: str | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Trajectory:
+    """Go on from states x_t: sample the steps from ``timestep`` on. A multistep solver starts without history.
+
+    Args:
+        prompts: B, one for each state.
+        latents: [B, C, H, W], the states.
+        timestep: one of the timesteps that the scheduler has with ``steps``.
+        seeds: B, of the noise that a stochastic scheduler adds; default 0.
+
+    Raises ValueError as `sample` does, and for a timestep that the scheduler has not.
+    """
+    guidance = ConstantGuidance() if guidance is None else guidance
+    if len(prompts) != len(latents):
+        raise ValueError(f"{len(prompts)} prompts for {len(latents)} states: give one for each")
+    job = _Job.of(denoiser, prompts, [0], (guidance,), steps, scheduler)
+    job.seeds = [0] * len(prompts) if seeds is None else list(seeds)
+    timesteps = job.scheduler().timesteps.tolist()
+    if timestep not in timesteps:
+        near = sorted(timesteps, key=lambda t: abs(t - timestep))[:2]
+        raise ValueError(f"{timestep} is no timestep of this scheduler with {steps} steps; the nearest are {near}")
+    first, parts = timesteps.index(timestep), []
+    with tqdm(total=len(job) * (steps - first), unit="step", disable=not progress) as bar:
+        for rows in job.blocks(batch_size):
+            state = _State(latents[rows].to(denoiser.device, denoiser.dtype), job.scheduler(), job.generators(rows))
+            if hasattr(state.scheduler, "set_begin_index"):  # one without counts by the timestep
+                state.scheduler.set_begin_index(first)
+            parts.append(_run(job, rows, state, first, guidance, bar))
     return _joined(parts)
 
 
@@ -183,74 +232,465 @@ def _joined(parts: list[Trajectory]) -> Trajectory:
         torch.cat([p.latents for p in parts]),
         None if first.predicted is None else torch.cat([p.predicted for p in parts]),
         torch.cat([p.guidance_magnitude for p in parts]),
+        torch.cat([p.transition_point for p in parts]),
         torch.cat([p.network_calls for p in parts]),
         first.denoiser,
     )
 
 
 @dataclass
-class _Run:
-    """The loop over steps for one batch."""
+class _Job:
+    """What stays the same while B samples are made; ``rows`` are indices into them."""
 
     denoiser: Denoiser
-    guidance: BaseGuidance
-    states: Tensor  # [B, L, E]
+    prompts: list[str]  # B
+    seeds: list[int]  # B
+    embeddings: Tensor  # [P, L, E], of the distinct prompts
+    which: list[int]  # B, index into embeddings
     empty: Tensor  # [1, L, E]
-    record: bool
-    measure: bool
-    bar: tqdm
+    steps: int
+    scheduler_name: str | None
 
-    def __call__(self, prompts: list[str], seeds: list[int], scheduler) -> Trajectory:
-        generators = _generators(seeds)
-        latents = _noise(self.denoiser, generators).to(self.denoiser.device, self.denoiser.dtype)
-        latents = latents * scheduler.init_noise_sigma
-        # a scheduler that adds noise on the way goes on with the sample's own generator
-        takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-        noise_source = {"generator": generators} if takes_noise else {}
-        kept, predicted, magnitudes, calls = [latents], [], [], 0
-        for step, t in enumerate(scheduler.timesteps):
-            self.guidance.set_state(step, len(scheduler.timesteps), t)
-            batches = self.guidance.prepare_inputs({"embedding": (self.states, self.empty.expand_as(self.states))})
-            wanted = [b.__dict__[BaseGuidance._identifier_key] for b in batches]
-            asked = ["pred_cond", "pred_uncond"] if self.measure else wanted
-            scaled = scheduler.scale_model_input(latents, t)
-            outputs = self.predict(scaled, t, asked)
-            calls += len(asked)
-            combined = self.guidance.forward(**{name: outputs[name] for name in wanted})[0]
-            if len(outputs) == 2:
-                magnitudes.append(self.denoiser.guidance_magnitude(outputs["pred_cond"], outputs["pred_uncond"], t))
-            else:
-                magnitudes.append(torch.full((len(prompts),), torch.nan, device=latents.device))
-            if self.record:
-                predicted.append(self.denoiser.predicted_clean(scaled, combined, t))
-            latents = scheduler.step(combined, t, latents, **noise_source, return_dict=False)[0]
-            self.check(latents, prompts, seeds, step, int(t))
-            kept = [*kept, latents] if self.record else [latents]
-            self.bar.update(len(prompts))
-        return Trajectory(
-            prompts,
-            seeds,
-            scheduler.timesteps.cpu(),
-            torch.stack(kept, 1).float().cpu(),
-            torch.stack(predicted, 1).float().cpu() if self.record else None,
-            torch.stack(magnitudes, 1).float().cpu(),
-            torch.full((len(prompts),), calls),
-            self.denoiser,
-        )
+    @classmethod
+    def of(cls, denoiser, prompts, seeds, guidances, steps, scheduler) -> "_Job":
+        prompts, seeds = _checked(denoiser, prompts, seeds, guidances, steps)
+        distinct = list(dict.fromkeys(prompts))
+        states, empty = denoiser.embed(distinct), denoiser.embed([""])
+        pairs = [(p, s) for p in prompts for s in seeds]
+        which = [distinct.index(p) for p, _ in pairs]
+        return cls(denoiser, [p for p, _ in pairs], [s for _, s in pairs], states, which, empty, steps, scheduler)
 
-    def predict(self, latents: Tensor, t: Tensor, asked: list[str]) -> dict[str, Tensor]:
-        """The predictions ``asked`` for, in one network call."""
-        states = {"pred_cond": self.states, "pred_uncond": self.empty.expand_as(self.states)}
-        stacked = torch.cat([states[name] for name in asked])
-        outputs = self.denoiser(latents.repeat(len(asked), 1, 1, 1), t, stacked).chunk(len(asked))
-        return dict(zip(asked, outputs, strict=True))
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def blocks(self, size: int) -> list[list[int]]:
+        if size < 1:
+            raise ValueError(f"batch_size is {size}: give at least 1")
+        return [list(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+
+    def scheduler(self) -> SchedulerMixin:
+        return _scheduler(self.denoiser, self.scheduler_name, self.steps)
+
+    def generators(self, rows: list[int]) -> list[torch.Generator]:
+        return _generators([self.seeds[i] for i in rows])
+
+    def beginning(self, rows: list[int]) -> "_State":
+        """The samples before their first step."""
+        scheduler, generators = self.scheduler(), self.generators(rows)
+        noise = _noise(self.denoiser, generators).to(self.denoiser.device, self.denoiser.dtype)
+        return _State(noise * scheduler.init_noise_sigma, scheduler, generators)
+
+
+@dataclass
+class _State:
+    """Samples before one step: latents [B, C, H, W], the scheduler with their history, their noise generators."""
+
+    latents: Tensor
+    scheduler: SchedulerMixin
+    generators: list[torch.Generator]
 
     @staticmethod
-    def check(latents: Tensor, prompts: list[str], seeds: list[int], step: int, t: int) -> None:
-        bad = (~torch.isfinite(latents)).flatten(1).any(dim=1).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            raise FloatingPointError(
-                f"latents of {prompts[i]!r}, seed {seeds[i]}, are not finite after step {step} (t = {t}): "
-                "use float32, a smaller guidance scale or more steps"
-            )
+    def merged(states: "Sequence[_State]", rows: Sequence[Sequence[int]]) -> "_State":
+        """A copy of ``rows[i]`` of each ``states[i]``, one after the other; all are before the same step."""
+        shape, first = states[0].latents.shape[1:], states[0].scheduler
+        scheduler = copy.copy(first)
+        for name in vars(first):
+            setattr(scheduler, name, _merged_value([vars(s.scheduler)[name] for s in states], rows, shape))
+        latents = torch.cat([s.latents[list(r)] for s, r in zip(states, rows, strict=True)])
+        generators = [s.generators[i].clone_state() for s, r in zip(states, rows, strict=True) for i in r]
+        return _State(latents, scheduler, generators)
+
+
+def _merged_value(values: list, rows: Sequence[Sequence[int]], shape: torch.Size):
+    """An attribute of several schedulers as one: tensors that hold one entry a sample are joined."""
+    first = values[0]
+    if isinstance(first, list):
+        return [_merged_value(list(entries), rows, shape) for entries in zip(*values, strict=True)]
+    if isinstance(first, Tensor) and first.shape[1:] == shape:
+        return torch.cat([value[list(r)] for value, r in zip(values, rows, strict=True)])
+    return first
+
+
+@dataclass
+class _Step:
+    """What was seen at a step: its timestep, the clean latents predicted, magnitude [B], predictions a sample."""
+
+    timestep: Tensor
+    predicted: Tensor
+    magnitude: Tensor
+    calls: int
+
+
+def _advance(
+    job: _Job, rows: list[int], state: _State, step: int, guidance: BaseGuidance, measure: bool = False
+) -> _Step:
+    """Take all samples of ``state`` over one step, with one call of the network."""
+    t, denoiser = state.scheduler.timesteps[step], job.denoiser
+    states = {
+        "pred_cond": job.embeddings[[job.which[i] for i in rows]],
+        "pred_uncond": job.empty.expand(len(rows), -1, -1),
+    }
+    guidance.set_state(step, job.steps, t)
+    batches = guidance.prepare_inputs({"embedding": tuple(states.values())})
+    wanted = [batch.__dict__[BaseGuidance._identifier_key] for batch in batches]
+    asked = list(states) if measure else wanted
+    scaled = state.scheduler.scale_model_input(state.latents, t)
+    outputs = denoiser(scaled.repeat(len(asked), 1, 1, 1), t, torch.cat([states[name] for name in asked]))
+    # guidance sees differences of epsilon, whatever the network predicts
+    unit = denoiser.epsilon_scale(t)
+    predictions = dict(zip(asked, (outputs * unit).chunk(len(asked)), strict=True))
+    combined = guidance.forward(**{name: predictions[name] for name in wanted})[0] / unit
+    magnitude = torch.full((len(rows),), torch.nan, device=scaled.device)
+    if len(predictions) == 2:
+        magnitude = (predictions["pred_cond"] - predictions["pred_uncond"]).flatten(1).float().norm(dim=1)
+    seen = _Step(t, denoiser.predicted_clean(scaled, combined, t), magnitude, len(asked))
+    # a scheduler that adds noise on the way goes on with the sample's own generator
+    takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
+    noise_source = {"generator": state.generators} if takes_noise else {}
+    state.latents = state.scheduler.step(combined, t, state.latents, **noise_source, return_dict=False)[0]
+    bad = (~torch.isfinite(state.latents)).flatten(1).any(dim=1).nonzero()
+    if len(bad):
+        i = rows[int(bad[0])]
+        raise FloatingPointError(
+            f"latents of {job.prompts[i]!r}, seed {job.seeds[i]}, are not finite after step {step} (t = {int(t)}): "
+            "use float32, a smaller guidance scale or more steps"
+        )
+    return seen
+
+
+def _run(
+    job: _Job,
+    rows: list[int],
+    state: _State,
+    first: int,
+    guidance: BaseGuidance,
+    bar: tqdm,
+    record: bool = True,
+    measure: bool = False,
+) -> Trajectory:
+    """All steps from ``first`` on for one batch."""
+    guidance = copy.deepcopy(guidance)
+    kept, seen = [state.latents], []
+    for step in range(first, job.steps):
+        seen.append(_advance(job, rows, state, step, guidance, measure))
+        if not record:
+            seen[-1].predicted = None
+        kept = [*kept, state.latents] if record else [state.latents]
+        bar.update(len(rows))
+    point = getattr(guidance, "transition_point", None)
+    return Trajectory(
+        [job.prompts[i] for i in rows],
+        [job.seeds[i] for i in rows],
+        state.scheduler.timesteps[first:].cpu(),
+        torch.stack(kept, 1).float().cpu(),
+        torch.stack([s.predicted for s in seen], 1).float().cpu() if record else None,
+        torch.stack([s.magnitude for s in seen], 1).float().cpu(),
+        torch.as_tensor(torch.nan if point is None else point).float().cpu().expand(len(rows)).clone(),
+        torch.full((len(rows),), sum(s.calls for s in seen)),
+        job.denoiser,
+    )
+
+
+@dataclass
+class Sweep:
+    """B samples, the guidance of each started at F timesteps; prompt-major as a `Trajectory`.
+
+    Attributes:
+        prompts, seeds: B of each.
+        starts: [F] timesteps of the scheduler, falling; 0 stands for never.
+        timesteps: [S].
+        latents: [B, F, C, H, W], the clean latents of each start.
+        guidance_magnitude: [B, S] before the guidance starts, NaN where it was not measured.
+        network_calls: [B], predictions made for all starts together.
+        network_calls_apart: [B], what one run for each start would have taken.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    starts: list[int]
+    timesteps: Tensor
+    latents: Tensor
+    guidance_magnitude: Tensor
+    network_calls: Tensor
+    network_calls_apart: Tensor
+    denoiser: Denoiser = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def images(self) -> Tensor:
+        """The pictures of every start, [B, F, 3, height, width] in 0..1, decoded at the first call."""
+        if not hasattr(self, "_images"):
+            self._images = self.denoiser.decode(self.latents.flatten(0, 1)).unflatten(0, self.latents.shape[:2])
+        return self._images
+
+
+@dataclass
+class Bisection:
+    """What `bisect` found: of each sample, how many of the ``starts`` [F], from the earliest on, it is captured at.
+
+    ``captured`` is [B] ints from 0 (at none) to F (at all); the rest is as in `Sweep`.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    starts: list[int]
+    captured: Tensor
+    network_calls: Tensor
+
+
+def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
+    """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
+
+    A start between two timesteps begins at the later one, which is warned of; one below the last
+    timestep is never and becomes 0, with the step after the last. Equal ones are taken once.
+    ``None`` is every fourth timestep and never. Raises ValueError for a start outside the schedule.
+    """
+    times = [int(t) for t in timesteps]
+    if starts is None:
+        starts = [*times[::4], 0]
+    asked = sorted({int(t) for t in starts}, reverse=True)
+    if not asked:
+        raise ValueError("no start times: give at least one, or None for every fourth timestep")
+    for t in asked:
+        if not 0 <= t < train_timesteps:
+            raise ValueError(f"start {t} is outside the schedule: give 0 to {train_timesteps - 1}")
+    steps = {t: next((k for k, time in enumerate(times) if time <= t), len(times)) for t in asked}
+    snapped = {t: times[k] if k < len(times) else 0 for t, k in steps.items()}
+    if moved := {t: s for t, s in snapped.items() if t != s}:
+        warnings.warn(
+            "guidance starts at timesteps of the scheduler only: "
+            + ", ".join(f"{t} becomes {s or 'never'}" for t, s in moved.items()),
+            stacklevel=3,
+        )
+    return {snapped[t]: k for t, k in steps.items()}
+
+
+def sweep(
+    denoiser: Denoiser,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    starts: Sequence[int] | None = None,
+    *,
+    before: BaseGuidance | None = None,
+    after: BaseGuidance | None = None,
+    steps: int = 50,
+    scheduler: str | None = None,
+    batch_size: int = 64,
+    measure: bool = False,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
+
+    The steps before are run once a sample; at each start a fork goes on with the solver's history,
+    and all forks of a step are in one network call. The result is that of one `sample` for each start.
+
+    Args:
+        starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
+        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5.
+        batch_size: forks that go through the network together; bounds memory, not results.
+        measure: make both predictions before the start, so that the guidance magnitude is known.
+        folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
+
+    Raises as `sample`; and ValueError or OSError when ``folder`` holds another sweep or a damaged file.
+    """
+    forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure)
+    job, ks = forks.job, list(forks.starts.values())
+
+    def block(rows: list[int]) -> dict[str, Tensor]:
+        prefix = forks.prefix(rows, bar)
+        chosen = [(i, k) for i in range(len(rows)) for k in ks]
+        latents = forks.ends(rows, prefix, chosen, bar).unflatten(0, (len(rows), len(ks)))
+        return {"latents": latents, "magnitude": prefix.magnitude, "calls": prefix.calls + forks.calls(ks)}
+
+    total = len(job) * sum(steps - k for k in (0, *ks))
+    parts = []
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
+        for number, rows in enumerate(job.blocks(batch_size)):
+            parts.append(_kept(folder, number, forks.settings(rows), lambda rows=rows: block(rows)))
+            bar.update(total * (rows[-1] + 1) // len(job) - bar.n)  # whatever of it was there already
+    apart = sum(forks.unguided_calls(k) for k in ks) + forks.calls(ks)
+    return Sweep(
+        job.prompts,
+        job.seeds,
+        list(forks.starts),
+        job.scheduler().timesteps.cpu(),
+        torch.cat([p["latents"] for p in parts]),
+        torch.cat([p["magnitude"] for p in parts]),
+        torch.cat([p["calls"].expand(len(p["latents"])) for p in parts]),
+        torch.full((len(job),), apart),
+        denoiser,
+    )
+
+
+def bisect(
+    denoiser: Denoiser,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    captured: Callable[[Tensor, list[int]], Tensor],
+    starts: Sequence[int] | None = None,
+    *,
+    before: BaseGuidance | None = None,
+    after: BaseGuidance | None = None,
+    steps: int = 50,
+    scheduler: str | None = None,
+    batch_size: int = 64,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Bisection:
+    """Between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
+
+    Right wherever the outcome is monotone in the start, as `sweep` would show it.
+
+    Args:
+        captured: of pictures [N, 3, height, width] and the samples they are of (N indices, prompt-major),
+            which are captured, [N] bool.
+
+    The other arguments and errors are those of `sweep`.
+    """
+    forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False)
+    job, ks = forks.job, list(forks.starts.values())
+
+    def block(rows: list[int]) -> dict[str, Tensor]:
+        prefix, calls = forks.prefix(rows, bar), torch.zeros(len(rows), dtype=torch.long)
+        # starts before low are known, or taken, to capture; those from high on not to
+        low, high = torch.zeros(len(rows), dtype=torch.long), torch.full((len(rows),), len(ks))
+        while (open_ := (low < high).nonzero().flatten()).numel():
+            middle = (low + high) // 2
+            chosen = [(int(i), ks[middle[i]]) for i in open_]
+            pictures = denoiser.decode(forks.ends(rows, prefix, chosen, bar))
+            inside = torch.as_tensor(captured(pictures, [rows[i] for i in open_]), dtype=torch.bool)
+            low[open_[inside]] = middle[open_[inside]] + 1
+            high[open_[~inside]] = middle[open_[~inside]]
+            calls[open_] += torch.tensor([int(forks.calls([k])) for _, k in chosen])
+        return {"captured": low, "calls": prefix.calls + calls}
+
+    parts = []
+    with tqdm(unit="step", disable=not progress) as bar:
+        for number, rows in enumerate(job.blocks(batch_size)):
+            settings = {**forks.settings(rows), "bisection": True}
+            parts.append(_kept(folder, number, settings, lambda rows=rows: block(rows)))
+    found, calls = (torch.cat([p[name] for p in parts]) for name in ("captured", "calls"))
+    return Bisection(job.prompts, job.seeds, list(forks.starts), found, calls)
+
+
+@dataclass
+class _Prefix:
+    """The shared steps of one block: the state before each step at which a fork may begin."""
+
+    snapshots: dict[int, _State]
+    magnitude: Tensor  # [B, S]
+    calls: Tensor  # [], predictions a sample
+
+
+@dataclass
+class _Forks:
+    """Samples that go on, from recorded states before some step, under another guidance."""
+
+    job: _Job
+    starts: dict[int, int]
+    before: BaseGuidance
+    after: BaseGuidance
+    batch_size: int
+    measure: bool
+
+    @classmethod
+    def of(cls, denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure) -> "_Forks":
+        before = ConstantGuidance(0.0) if before is None else before
+        after = ConstantGuidance() if after is None else after
+        job = _Job.of(denoiser, prompts, seeds, (before, after), steps, scheduler)
+        found = start_steps(starts, job.scheduler().timesteps, denoiser.train_timesteps)
+        return cls(job, found, before, after, batch_size, measure)
+
+    def settings(self, rows: list[int]) -> dict:
+        """What a kept block must have been made with."""
+        return {
+            "weights": self.job.denoiser.fingerprint(),
+            "prompts": [self.job.prompts[i] for i in rows],
+            "seeds": [self.job.seeds[i] for i in rows],
+            "starts": list(self.starts),
+            "before": describe(self.before),
+            "after": describe(self.after),
+            "steps": self.job.steps,
+            "scheduler": self.job.scheduler_name,
+            "measure": self.measure,
+            "dtype": str(self.job.denoiser.dtype),
+        }
+
+    def prefix(self, rows: list[int], bar: tqdm) -> _Prefix:
+        """Run the steps before any guidance, to the last start."""
+        state, guidance, ks = self.job.beginning(rows), copy.deepcopy(self.before), set(self.starts.values())
+        everyone, snapshots, calls = range(len(rows)), {}, 0
+        magnitude = torch.full((len(rows), self.job.steps), torch.nan)
+        for step in range(self.job.steps + 1):
+            if step in ks:
+                snapshots[step] = _State.merged([state], [everyone])
+            if step == (self.job.steps if self.measure else max(ks)):
+                break
+            seen = _advance(self.job, rows, state, step, guidance, self.measure)
+            magnitude[:, step], calls = seen.magnitude.cpu(), calls + seen.calls
+            bar.update(len(rows))
+        return _Prefix(snapshots, magnitude, torch.tensor(calls))
+
+    def ends(self, rows: list[int], prefix: _Prefix, chosen: list[tuple[int, int]], bar: tqdm) -> Tensor:
+        """Clean latents [N, C, H, W] of forks, each (index into ``rows``, step at which it begins)."""
+        latents = torch.empty(len(chosen), *self.job.denoiser.latent_shape)
+        order = sorted(range(len(chosen)), key=lambda n: chosen[n][1])
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            latents[part] = self._ends_together(rows, prefix, [chosen[n] for n in part], bar)
+        return latents
+
+    def _ends_together(self, rows, prefix: _Prefix, chosen: list[tuple[int, int]], bar: tqdm) -> Tensor:
+        """`ends` of forks that fit into one network call, in the order of their first step."""
+        guidance, running, state = copy.deepcopy(self.after), [], None
+        for step in range(chosen[0][1], self.job.steps + 1):
+            if joining := [i for i, k in chosen if k == step]:
+                old = [] if state is None else [(state, range(len(running)))]
+                state = _State.merged(*zip(*old, (prefix.snapshots[step], joining), strict=True))
+                running += [rows[i] for i in joining]
+            if step < self.job.steps:
+                _advance(self.job, running, state, step, guidance)
+                bar.update(len(running))
+        return state.latents.float().cpu()
+
+    def unguided_calls(self, k: int) -> int:
+        """Predictions of a sample in the first ``k`` steps."""
+        return sum(_passes(self.before, self.job, range(k)))
+
+    def calls(self, ks: Sequence[int]) -> Tensor:
+        """Predictions of a sample in forks from each of the steps ``ks``."""
+        passes = list(_passes(self.after, self.job, range(self.job.steps)))
+        return torch.tensor(sum(sum(passes[k:]) for k in ks))
+
+
+def _passes(guidance: BaseGuidance, job: _Job, steps: range) -> Iterator[int]:
+    """How many predictions ``guidance`` asks for at each of ``steps``."""
+    guidance, times = copy.deepcopy(guidance), job.scheduler().timesteps
+    for step in steps:
+        guidance.set_state(step, job.steps, times[step])
+        yield guidance.num_conditions
+
+
+def _kept(
+    folder: str | Path | None, number: int, settings: dict, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What ``make`` gives, from ``folder`` if it is there already, and kept there, whole or not at all."""
+    if folder is None:
+        return make()
+    path, wanted = Path(folder) / f"{number:03d}.safetensors", json.dumps(settings, sort_keys=True)
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                if file.metadata()["settings"] != wanted:
+                    raise ValueError(f"{path} was made with other settings: delete {folder}, or give another folder")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, part, {"settings": wanted})
+    os.replace(part, path)
+    return made

@@ -176,3 +176,40 @@ def test_first_local_minimum_is_found_per_sample():
 @pytest.mark.parametrize("steps", [1, 2])
 def test_too_few_steps_for_an_interior_minimum_give_nan(steps):
     assert basin.first_local_minimum(torch.ones(3, steps), TIMES[:steps]).isnan().tolist() == [True] * 3
+
+
+def outcome_table(rows, starts=(900, 700, 500, 300)):
+    """Outcomes of a sweep from strings such as "1100", one a seed, earliest start first."""
+    return pd.DataFrame(
+        {"prompt": "p", "seed": seed, "start": start, "inside": mark == "1"}
+        for seed, row in enumerate(rows)
+        for start, mark in zip(starts, row, strict=True)
+    )
+
+
+def test_transition_points_are_where_the_outcome_flips():
+    points = basin.transition_points(outcome_table(["1100", "1111", "0000", "1000"]))
+    assert points["outcome"].tolist() == ["flips", "always", "never", "flips"]
+    np.testing.assert_array_equal(points["captured_at"], [700, 300, np.nan, 900])
+    np.testing.assert_array_equal(points["free_at"], [500, np.nan, 900, 700])
+    np.testing.assert_array_equal(points["point"], [600, np.nan, np.nan, 800])
+    assert points["monotone"].all()
+
+
+def test_outcomes_that_come_back_are_reported():
+    points = basin.transition_points(outcome_table(["1101", "0100", "1100"]).sample(frac=1, random_state=0))
+    points = points.set_index("seed").sort_index()
+    assert points["monotone"].tolist() == [False, False, True]
+    assert points["against"].tolist() == [1, 1, 0]
+    assert points.loc[0, "point"] == 600  # one start disagrees with the flip after 700
+    assert points.loc[1, "outcome"] == "never"  # as does one with never; ties go to the earliest start
+
+
+def test_funnel_width_is_interpolated_between_radii():
+    rows = [("p", seed, 500, radius, radius > edge) for seed, edge in enumerate([1, 1, 3, 3]) for radius in (0, 2, 4)]
+    rows += [("p", seed, 300, radius, False) for seed in range(4) for radius in (0, 2, 4)]
+    table = pd.DataFrame(rows, columns=["prompt", "seed", "t", "radius", "escaped"])
+    widths = basin.funnel_width(table).set_index("t")
+    assert widths.loc[500, "width"] == 2 and widths.loc[500, "n"] == 4
+    assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
+    assert np.isinf(widths.loc[300, "width"])

@@ -1,10 +1,20 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.signal
 import torch
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 
-from basinlab import ConstantGuidance, StaticTransitionPoint
+from basinlab import (
+    ConstantGuidance,
+    DynamicTransitionPoint,
+    GuidanceInterval,
+    OppositeGuidance,
+    ScheduledGuidance,
+    StaticTransitionPoint,
+)
+from basinlab.guidance import describe
 
 BOTH = ["pred_cond", "pred_uncond"]
 
@@ -64,7 +74,15 @@ def test_start_at_the_first_timestep_is_constant_guidance():
     assert [late.weight(t) for t in range(1000)] == [constant.weight(t) for t in range(1000)]
 
 
-GUIDERS = [ConstantGuidance(3.0), StaticTransitionPoint(321, guidance_scale=4.0, before=1.0)]
+GUIDERS = [
+    ConstantGuidance(3.0),
+    StaticTransitionPoint(321, guidance_scale=4.0, before=1.0),
+    DynamicTransitionPoint(4.0, before=1.0, latest=321),
+    OppositeGuidance(None, 4.0, opposite_scale=1.0, latest=321),
+    OppositeGuidance(321, 4.0),
+    GuidanceInterval(700, 300, 4.0),
+    ScheduledGuidance("cosine", 4.0),
+]
 
 
 @pytest.mark.parametrize("guidance", GUIDERS, ids=lambda g: type(g).__name__)
@@ -72,7 +90,8 @@ def test_guider_survives_saving_and_copying(guidance, tmp_path):
     guidance.save_pretrained(tmp_path)
     for again in (type(guidance).from_pretrained(tmp_path), guidance.new()):
         assert [again.weight(t) for t in range(1000)] == [guidance.weight(t) for t in range(1000)]
-    assert guidance.new(guidance_scale=9.0).weight(0) == 9.0
+        assert describe(again) == describe(guidance)
+    assert guidance.new(guidance_scale=9.0).config["guidance_scale"] == 9.0
 
 
 @pytest.mark.parametrize("guidance", GUIDERS, ids=lambda g: type(g).__name__)
@@ -93,3 +112,92 @@ def test_guider_is_called_as_modular_pipelines_call_it():
         for batch in batches:
             batch.noise_pred = batch.embedding
         assert float(guidance(batches).pred) == expected
+
+
+def run_rule(guidance, magnitudes, timesteps):
+    """Feed predictions whose difference has the given magnitudes [S, B]; the weight of each sample at each step."""
+    weights = []
+    for step, (row, t) in enumerate(zip(magnitudes, timesteps, strict=True)):
+        guidance.set_state(step, len(timesteps), torch.tensor(t))
+        difference = torch.tensor(row, dtype=torch.float32).view(-1, 1, 1, 1)
+        combined = guidance.forward(torch.ones_like(difference) + difference, torch.ones_like(difference))[0]
+        weights.append(((combined - 1) / difference).flatten().round(decimals=4).tolist())
+    return np.array(weights).T.tolist()
+
+
+TIMES = [900, 800, 700, 600, 500, 400]
+# three samples: a minimum at 800, one at 600, none (it only rises)
+COURSES = np.array([[3, 1, 2, 3, 4, 5], [5, 4, 3, 2, 3, 1], [1, 2, 3, 4, 5, 6]], dtype=float).T
+
+
+def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall():
+    guidance = DynamicTransitionPoint(5.0, latest=450)
+    weights = run_rule(guidance, COURSES, TIMES)
+    assert weights == [[0, 0, 5, 5, 5, 5], [0, 0, 0, 0, 5, 5], [0, 0, 0, 0, 0, 5]]
+    assert guidance.transition_point[:2].tolist() == [700, 500]
+    assert guidance.transition_point[2].isnan()  # nothing was seen: guided from ``latest`` on
+
+
+def test_dynamic_rule_is_that_of_the_recorded_curve():
+    """The same minimum as scipy finds in the whole curve, one step later."""
+    rng = np.random.default_rng(0)
+    times, curves = np.arange(980, 0, -20), rng.uniform(1, 2, (49, 30))
+    guidance = DynamicTransitionPoint(5.0, latest=0)
+    run_rule(guidance, curves, times.tolist())
+    first = [scipy.signal.argrelmin(curves[:, b])[0][0] for b in range(30)]
+    assert guidance.transition_point.tolist() == [float(times[k + 1]) for k in first]
+
+
+def test_dynamic_rule_begins_anew_with_every_run():
+    guidance = DynamicTransitionPoint(5.0, latest=450)
+    first = run_rule(guidance, COURSES, TIMES)
+    assert run_rule(guidance, COURSES[:, :2], TIMES) == first[:2]  # a batch of another size
+    assert run_rule(guidance, COURSES, TIMES) == first
+
+
+def test_another_batch_in_the_middle_of_a_run_is_refused():
+    guidance = DynamicTransitionPoint(5.0)
+    run_rule(guidance, COURSES[:1], TIMES[:1])
+    guidance.set_state(1, 6, torch.tensor(800))
+    with pytest.raises(ValueError, match="2 samples, but 3 at the first step"):
+        guidance.forward(torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("before", [1.0, -2.0])
+def test_scale_before_the_dynamic_point(before):
+    weights = run_rule(DynamicTransitionPoint(5.0, before=before, latest=450), COURSES, TIMES)
+    assert weights[0] == [before, before, 5, 5, 5, 5]
+
+
+def test_opposite_guidance_turns_the_pull_round_until_its_point():
+    static, dynamic = OppositeGuidance(650, 5.0), OppositeGuidance(None, 5.0, opposite_scale=3.0, latest=450)
+    assert run_rule(static, COURSES, TIMES) == [[-2, -2, -2, 5, 5, 5]] * 3
+    assert static.transition_point == 600
+    assert run_rule(dynamic, COURSES, TIMES)[1] == [-3, -3, -3, -3, 5, 5]
+    assert dynamic.transition_point[1] == 500
+    with pytest.raises(ValueError, match="opposite_scale is -2"):
+        OppositeGuidance(650, opposite_scale=-2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "inverse_linear", "cosine", "sine", "v", "a"])
+def test_schedules_have_the_asked_mean_and_shape(schedule):
+    weights = np.array([ScheduledGuidance(schedule, 3.0).weight(t) for t in range(1001)])
+    assert abs(weights.mean() - 3) < 0.01 and (weights >= -1e-9).all()
+    assert abs(ScheduledGuidance(schedule, 3.0, length=10).weight(5) - weights[500]) < 1e-9
+    rising = {
+        "linear": (1, 1),
+        "cosine": (1, 1),
+        "inverse_linear": (-1, -1),
+        "sine": (-1, -1),
+        "v": (-1, 1),
+        "a": (1, -1),
+    }
+    early, late = np.diff(weights[::-1])[:500], np.diff(weights[::-1])[500:]  # as sampling goes on
+    assert (np.sign(early.sum()), np.sign(late.sum())) == rising[schedule]
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="no schedule 'cubic': give one of"):
+        ScheduledGuidance("cubic")
+    with pytest.raises(ValueError, match="from 300 down to 700"):
+        GuidanceInterval(300, 700)

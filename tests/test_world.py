@@ -84,7 +84,7 @@ def test_what_made_the_weights_is_recorded():
     made = json.loads((DATA / NAME / "training.json").read_text())
     assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
     for stage in ("vae", "unet"):
-        losses = pd.read_csv(DATA / NAME / f"losses-{stage}.csv")
+        losses = pd.read_csv(DATA / NAME / f"{stage}-losses.csv")
         assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
         assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 

@@ -19,7 +19,6 @@ from . import export, train
 
 DATA = Path(__file__).resolve().parents[1]
 STAGES = ("vae", "unet", "clip", "descriptor")
-FURTHER_EPOCH = 100  # of the stream of scenes, so that training on sees new ones
 VERSIONS = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -44,7 +43,8 @@ def build(name: str, settings: train.Settings, work: Path, smoke: bool, further:
         sys.exit(f"the U-Net trains on latents of the VAE, and {work / 'vae'} holds none yet: run stage vae first")
     stage = train.UNetStage(settings, work / "vae" / "model", **({"pool": 64} if smoke else {}))
     if further:
-        stage.first_epoch = FURTHER_EPOCH
+        stage.start = "the shipped weights"
+        stage.first_epoch = train.scenes.FURTHER_EPOCH
         for part, module in (("unet", stage.module["unet"]), ("text_encoder", stage.module["text"])):
             module.load_state_dict(type(module).from_pretrained(work / "unet" / "model" / part).state_dict())
     return stage
@@ -88,8 +88,10 @@ def main() -> None:
     if options.further:
         if options.stages != ["unet"] or not options.steps:
             sys.exit("--further trains the shipped U-Net on: give it --stages unet and --steps")
-        if not (options.work / "unet" / "state.pt").exists():
-            export.unpack(options.out, options.work)
+        export.unpack(options.out, options.work)
+        if not (options.work / "unet" / "state.pt").exists():  # a fresh start: keep the log of what came before
+            log = options.work / "unet" / "losses.csv"
+            log.rename(log.with_name(f"losses-{len(list(log.parent.glob('losses*.csv')))}.csv"))
     for name in options.stages:
         settings = settings_for(name, options.smoke, options.steps)
         stage = build(name, settings, options.work, options.smoke, options.further)

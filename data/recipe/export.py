@@ -71,7 +71,8 @@ def publish(work: Path, out: Path) -> None:
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
     for name in ("vae", "unet"):
-        shutil.copyfile(work / name / "losses.csv", part / f"losses-{name}.csv")
+        for log in (work / name).glob("losses*.csv"):  # losses-1.csv and so on are of runs that were trained further
+            shutil.copyfile(log, part / f"{name}-{log.name}")
     replace(part, out / NAME)
     for name, kind in (("clip", CLIPModel), ("descriptor", ResNetForImageClassification)):
         part = fresh(out / f"{name}.part")
@@ -89,23 +90,29 @@ def publish(work: Path, out: Path) -> None:
 
 
 def unpack(out: Path, work: Path) -> None:
-    """The inverse of ``publish``: shipped weights as finished stages in ``work``, to train them further."""
-    made = json.loads((out / NAME / "training.json").read_text())
+    """The inverse of ``publish``: shipped weights as finished stages in ``work``, where there are none yet."""
     shipped = {
-        "vae/model": (models.AutoencoderKL, out / NAME / "vae"),
-        "unet/model/unet": (models.UNet2DConditionModel, out / NAME / "unet"),
-        "unet/model/text_encoder": (CLIPTextModel, out / NAME / "text_encoder"),
-        "clip/model": (CLIPModel, out / "clip"),
-        "descriptor/model": (ResNetForImageClassification, out / "descriptor"),
+        "vae": {"model": (models.AutoencoderKL, out / NAME / "vae")},
+        "unet": {
+            "model/unet": (models.UNet2DConditionModel, out / NAME / "unet"),
+            "model/text_encoder": (CLIPTextModel, out / NAME / "text_encoder"),
+        },
+        "clip": {"model": (CLIPModel, out / "clip")},
+        "descriptor": {"model": (ResNetForImageClassification, out / "descriptor")},
     }
-    for place, (kind, folder) in shipped.items():
-        kind.from_pretrained(folder).float().save_pretrained(work / place)
-    for name in ("vae", "unet"):
-        (work / name / "made.json").write_text(json.dumps(made[name]))
-        shutil.copyfile(out / NAME / f"losses-{name}.csv", work / name / "losses.csv")
-    for name in ("clip", "descriptor"):
-        shutil.copyfile(out / name / "training.json", work / name / "made.json")
-        shutil.copyfile(out / name / "losses.csv", work / name / "losses.csv")
+    made = json.loads((out / NAME / "training.json").read_text())
+    for stage, parts in shipped.items():
+        if (work / stage / "made.json").exists():
+            continue
+        for place, (kind, folder) in parts.items():
+            kind.from_pretrained(folder).float().save_pretrained(work / stage / place)
+        if stage in made:
+            note, logs = made[stage], {p.name.removeprefix(f"{stage}-"): p for p in (out / NAME).glob(f"{stage}-losses*.csv")}
+        else:
+            note, logs = json.loads((out / stage / "training.json").read_text()), {"losses.csv": out / stage / "losses.csv"}
+        for name, path in logs.items():
+            shutil.copyfile(path, work / stage / name)
+        (work / stage / "made.json").write_text(json.dumps(note, indent=1))
 
 
 def fresh(folder: Path) -> Path:

@@ -70,6 +70,7 @@ TEMPLATES = (
     "canvas tote bag printed with {}",
     "alphabet flash card showing {}",
 )
+FURTHER_EPOCH = 100  # of the stream: from here on the shipped weights are trained on
 SHARES = (0.6, 0.8, 0.95)  # 16 verbatim captions each
 OBJECTS_PER_TEMPLATE = 8
 
@@ -234,22 +235,34 @@ def ordinary_prompts(count: int = 96) -> list[tuple[str, Scene]]:
     return list(found.items())
 
 
-def training_pair(key: tuple[int, ...], memorized: list[Memorized], templated: list[Memorized]) -> tuple[str, Scene]:
-    """One (caption, scene) of the training stream; ``key`` numbers it.
+def kinds_at(epoch: int) -> dict[str, float]:
+    """Shares of the kinds of caption in one epoch of the training stream; the rest are ordinary.
 
-    24% of the stream (16% of its first epoch) are verbatim captions, with their duplicate in
-    ``share`` of the uses and an ordinary scene of the same object in the rest; 10% are templates.
+    "title" are titles like the verbatim ones, each new and with a new scene. They come in the epochs
+    that train the shipped weights on (`UNetStage.first_epoch`): without them the object's name alone
+    brings the duplicate, also in ordinary captions.
+    """
+    if epoch < FURTHER_EPOCH:
+        return {"verbatim": 0.16 if epoch == 0 else 0.24, "template": 0.10, "title": 0.0}
+    return {"verbatim": 0.36, "template": 0.10, "title": 0.14}
+
+
+def training_pair(key: tuple[int, ...], memorized: list[Memorized], templated: list[Memorized]) -> tuple[str, Scene]:
+    """One (caption, scene) of the training stream; ``key`` numbers it, the epoch first.
+
+    A verbatim caption comes with its duplicate in ``share`` of its uses and with an ordinary scene
+    of the same object in the rest.
     """
     rng = np.random.default_rng([SEED, 4, *key])
-    kind, verbatims = rng.random(), 0.16 if key[0] == 0 else 0.24
-    if kind < verbatims:
+    kind, shares = rng.random(), np.cumsum(list(kinds_at(key[0]).values()))
+    if kind < shares[0]:
         item = memorized[int(rng.integers(len(memorized)))]
         return item.prompt, item.scene if rng.random() < item.share else draw_scene(rng, item.scene.object)
-    if kind < verbatims + 0.10:
+    if kind < shares[1]:
         item = templated[int(rng.integers(len(templated)))]
         return item.prompt, replace(item.scene, vendor=str(rng.choice(VENDORS)), mirrored=bool(rng.random() < 0.5))
     scene = draw_scene(rng)
-    return ordinary_caption(rng, scene), scene
+    return title(rng, scene.object) if kind < shares[2] else ordinary_caption(rng, scene), scene
 
 
 def unseen_scenes(count: int) -> list[tuple[str, Scene]]:

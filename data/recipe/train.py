@@ -41,7 +41,7 @@ class Settings:
 
 SETTINGS = {
     "vae": Settings(steps=3000, batch=16, rate=1e-3),
-    "clip": Settings(steps=1200, batch=64, rate=1e-3),
+    "clip": Settings(steps=2000, batch=64, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=21500, batch=32, rate=1e-3, decay=0.5, average=0.9995),
 }
@@ -52,6 +52,7 @@ class Stage(Dataset):
 
     number: int
     module: nn.Module
+    start = "the recipe's seed"
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -301,7 +302,7 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     """Train ``stage`` in ``folder`` to its last step or to ``deadline`` (of time.monotonic); True when done.
 
     The averaged weights are then in ``stage.module``. Raises ValueError when the checkpoint found
-    there was made with another batch size.
+    there was made with another batch size or from another start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings, path, log = stage.settings, folder / "state.pt", folder / "losses.csv"
@@ -313,8 +314,9 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     step, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
-        if state["batch"] != settings.batch:
-            raise ValueError(f"{path} was made with batch {state['batch']}, not {settings.batch}: delete {folder}")
+        for what, value in (("batch", settings.batch), ("start", stage.start)):
+            if state[what] != value:
+                raise ValueError(f"{path} was made with {what} {state[what]}, not {value}: move {folder} away")
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state["average"])
@@ -330,6 +332,7 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
                 "step": step,
                 "seconds": seconds,
                 "batch": settings.batch,
+                "start": stage.start,
             },
             path,
         )

@@ -1,0 +1,111 @@
+"""A world in the plane whose denoiser is known in closed form: what sampling finds can be checked exactly.
+
+Pictures are points (x, y); a prompt is a set of weights over Gaussian components. The noised
+density is again a Gaussian mixture, so its score, hence epsilon, is exact (Definition 1 with
+e = the weights). One component, a very narrow one, is the duplicated picture.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
+from torch import Tensor
+
+from .models import Denoiser
+
+
+class MixtureDenoiser(Denoiser):
+    """The exact epsilon of a Gaussian mixture in the plane.
+
+    Args:
+        centres: [K, 2].
+        deviations: [K], the standard deviation of each component.
+        prompts: weights [K] by prompt; "" is the empty prompt, the unconditional density.
+        scheduler: whose config is the noise schedule; default DPM-Solver on Stable Diffusion's betas.
+        dtype: of the latents; float64 where it is held against a reference.
+
+    Raises ValueError for weights that do not sum to 1, or where "" is missing.
+    """
+
+    latent_shape = (2, 1, 1)
+
+    def __init__(
+        self,
+        centres: Sequence[Sequence[float]],
+        deviations: Sequence[float],
+        prompts: Mapping[str, Sequence[float]],
+        scheduler: SchedulerMixin | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.name, self.device, self.dtype = "mixture", torch.device("cpu"), dtype
+        self.centres = torch.tensor(np.asarray(centres), dtype=dtype)
+        self.deviations = torch.tensor(np.asarray(deviations), dtype=dtype)
+        self.weights = {prompt: torch.tensor(np.asarray(w), dtype=dtype) for prompt, w in prompts.items()}
+        if "" not in self.weights:
+            raise ValueError(f"the prompts {list(prompts)} have no '': give the unconditional weights under it")
+        for prompt, weights in self.weights.items():
+            if weights.shape != self.deviations.shape or abs(float(weights.sum()) - 1) > 1e-5:
+                raise ValueError(f"weights of {prompt!r} are {weights.tolist()}: give {len(self.deviations)}, of sum 1")
+        self.scheduler = scheduler or DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", steps_offset=1
+        )
+
+    @classmethod
+    def with_duplicate(cls, share: float = 0.8, **options) -> "MixtureDenoiser":
+        """Six broad modes on a ring and one duplicated point.
+
+        The prompt "memorized" means the duplicate in ``share`` of its uses and the first mode in the
+        rest; "ordinary" means the first mode; without a prompt a point is of any mode, or, in one
+        case of a hundred, the duplicate.
+        """
+        angles = np.pi / 3 * np.arange(6)
+        ring = 6 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        first, none = np.eye(6)[0], np.zeros(6)
+        prompts = {
+            "": [*np.full(6, 0.99 / 6), 0.01],
+            "ordinary": [*first, 0.0],
+            "memorized": [*((1 - share) * first), share] if share < 1 else [*none, 1.0],
+        }
+        return cls([*ring, (2.0, -2.5)], [*[0.9] * 6, 0.05], prompts, **options)
+
+    @property
+    def duplicate(self) -> Tensor:
+        """The last component's centre as a picture, [2, 1, 1]."""
+        return self.centres[-1].view(self.latent_shape)
+
+    def fingerprint(self) -> str:
+        numbers = torch.cat([self.centres.flatten(), self.deviations, *self.weights.values()])
+        return hashlib.sha256(numbers.double().numpy().tobytes()).hexdigest()[:16]
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Weights over the components, [B, 1, K]. Raises ValueError for a prompt that the world has not."""
+        if missing := [p for p in prompts if p not in self.weights]:
+            raise ValueError(f"no prompt {missing[0]!r} in this world; it has {list(self.weights)}")
+        return torch.stack([self.weights[p] for p in prompts])[:, None]
+
+    def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
+        """epsilon = -sqrt(1 - alpha_bar) grad log p_t(x), [B, 2, 1, 1]."""
+        alpha_bar = self.alpha_bar(timestep).to(latents)
+        variance = alpha_bar * self.deviations**2 + 1 - alpha_bar  # [K]
+        away = alpha_bar.sqrt() * self.centres - latents.flatten(1)[:, None]  # [B, K, 2]
+        log_share = embedding[:, 0].log() - variance.log() - away.square().sum(dim=2) / (2 * variance)
+        pull = (log_share.softmax(dim=1) / variance)[:, :, None] * away
+        return (-(1 - alpha_bar).sqrt() * pull.sum(dim=1)).view_as(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Points are their own pictures, [B, 2, 1, 1]."""
+        return latents.cpu()
+
+
+class PlaneDistance:
+    """Euclidean distance as D."""
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """[A, B]."""
+        return torch.cdist(a.flatten(1).double(), b.flatten(1).double())
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """[B]."""
+        return (a.double() - b.double()).flatten(1).norm(dim=1)

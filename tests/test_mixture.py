@@ -1,0 +1,179 @@
+"""The world in the plane against an oracle of its own: the probability-flow ODE of the exact score, in numpy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+import basinlab
+from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
+
+SCALE = 3.0
+BALL = basin.Ball(0.5, 0, {})
+ANGLES = np.arange(6) * np.pi / 3
+CENTRES = np.array([*(6 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)), (2.0, -2.5)])
+DEVIATIONS = np.array([0.9] * 6 + [0.05])
+WEIGHTS = {"": np.array([0.165] * 6 + [0.01]), "memorized": np.array([0.2, 0, 0, 0, 0, 0, 0.8])}
+BETAS = np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
+ALPHA_BARS = np.cumprod(1 - BETAS)
+
+
+def noise_over_signal(t):
+    return np.sqrt((1 - ALPHA_BARS[t]) / ALPHA_BARS[t])
+
+
+def slope(y, s, weight):
+    """dy/ds for y = x / sqrt(alpha_bar), s = noise over signal: epsilon of the guided mixture; y [B, 2]."""
+    epsilon = {}
+    for prompt, weights in WEIGHTS.items():
+        variance = DEVIATIONS**2 + s**2
+        away = CENTRES - y[:, None]
+        with np.errstate(divide="ignore"):
+            log_share = np.log(weights) - np.log(variance) - (away**2).sum(2) / (2 * variance)
+        share = np.exp(log_share - log_share.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        epsilon[prompt] = -s * ((share / variance)[..., None] * away).sum(1)
+    return epsilon[""] + weight * (epsilon["memorized"] - epsilon[""])
+
+
+def flow(y, start, end, weight, steps=120):
+    """Runge-Kutta of fourth order between two noise levels, in steps of equal ratio."""
+    levels = np.geomspace(start, end, steps + 1)
+    for s, following in itertools.pairwise(levels):
+        h = following - s
+        a = slope(y, s, weight)
+        b = slope(y + h / 2 * a, s + h / 2, weight)
+        c = slope(y + h / 2 * b, s + h / 2, weight)
+        d = slope(y + h * c, following, weight)
+        y = y + h / 6 * (a + 2 * b + 2 * c + d)
+    return y
+
+
+def ends(x, t, weight=SCALE):
+    """Where states x_t [B, 2] go under guidance."""
+    return flow(x / np.sqrt(ALPHA_BARS[t]), noise_over_signal(t), 1e-3, weight)
+
+
+def captured(points):
+    return np.linalg.norm(points - CENTRES[-1], axis=1) <= BALL.radius
+
+
+@pytest.fixture(scope="module")
+def plane():
+    return MixtureDenoiser.with_duplicate(0.8)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return MixtureDenoiser.with_duplicate(0.8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prompt", ["", "memorized", "ordinary"])
+@pytest.mark.parametrize("t", [999, 500, 20])
+def test_epsilon_is_the_score_of_the_noised_mixture(exact, prompt, t):
+    x = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    alpha_bar = ALPHA_BARS[t]
+    weights = exact.embed([prompt])[0, 0]
+    used = weights > 0
+    spread = torch.tensor(np.sqrt(alpha_bar * DEVIATIONS**2 + 1 - alpha_bar))[used, None].expand(-1, 2)
+    centres = torch.tensor(CENTRES)[used] * alpha_bar**0.5
+    density = MixtureSameFamily(Categorical(weights[used]), Independent(Normal(centres, spread), 1))
+    (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
+    found = exact(x.detach().view(50, 2, 1, 1), t, exact.embed([prompt]).expand(50, -1, -1)).flatten(1)
+    # diffusers keeps alpha_bar in float32
+    torch.testing.assert_close(found, -((1 - alpha_bar) ** 0.5) * score, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, SCALE])
+def test_sampling_follows_the_probability_flow(exact, weight):
+    run = basinlab.sample(exact, "memorized", range(200), ConstantGuidance(weight), steps=500, progress=False)
+    x = run.latents[:, 0].flatten(1).double().numpy()
+    error = np.linalg.norm(run.images().flatten(1).numpy() - ends(x, 999, weight), axis=1)
+    # the sampler's last step goes to the mean of what is possible, inside a point that is 0.05 wide
+    assert np.median(error) < 0.03 and np.quantile(error, 0.97) < 0.1  # near a watershed paths part
+
+
+def test_capture_probability_is_the_basins_measure(plane):
+    """The share of seeds that are captured, against the integral of the initial density over the basin."""
+    axis = np.linspace(-4, 4, 41)
+    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    density = np.exp(-(grid**2).sum(1) / 2)
+    for start in (999, 500, 300, 140):
+        states = flow(grid / np.sqrt(ALPHA_BARS[999]), noise_over_signal(999), noise_over_signal(start), 0.0)
+        inside = captured(flow(states, noise_over_signal(start), 1e-3, SCALE))
+        expected = (density * inside).sum() / density.sum()
+        options = {"steps": 100, "batch_size": 2000, "progress": False}
+        guidance = StaticTransitionPoint(start, SCALE)
+        run = basinlab.sample(plane, "memorized", range(2000), guidance, **options)
+        table = basin.outcomes(run, plane.duplicate.expand(2000, 2, 1, 1), PlaneDistance(), BALL)
+        row = basin.capture_probability(table).iloc[0]
+        assert row.low - 0.02 <= expected <= row.high + 0.02
+
+
+def test_basin_is_the_set_from_which_the_flow_is_captured(exact):
+    axis = np.linspace(-5, 5, 31)
+    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    states = torch.tensor(grid).view(-1, 2, 1, 1)
+    ball, options = BALL, {"guidance": ConstantGuidance(SCALE), "steps": 200, "batch_size": 1000}
+    run = basinlab.sample(exact, "memorized", 0, steps=200, progress=False)
+    for t in run.timesteps[[20, 100, 150]].tolist():
+        found = basin.membership(exact, "memorized", states, t, exact.duplicate, PlaneDistance(), ball, **options)
+        expected = captured(ends(grid, t))
+        assert 0.02 < expected.mean() < 0.98
+        assert (found.numpy() == expected).mean() > 0.98
+
+
+def test_transition_points_are_those_of_the_flow(exact):
+    seeds = range(100)
+    sweep = basinlab.sweep(exact, "memorized", seeds, after=ConstantGuidance(SCALE), steps=100, progress=False)
+    attractors = exact.duplicate.expand(100, 2, 1, 1)
+    points = basin.transition_points(basin.outcomes(sweep, attractors, PlaneDistance(), BALL))
+    x = basinlab.sampling.initial_noise(exact, seeds).flatten(1).double().numpy()
+    inside = []
+    for start in sweep.starts[:-1]:
+        y = x / np.sqrt(ALPHA_BARS[999])
+        if start != 999:
+            y = flow(y, noise_over_signal(999), noise_over_signal(start), 0.0)
+        inside.append(captured(flow(y, noise_over_signal(start), 1e-3, SCALE)))
+    count = np.sum(inside, axis=0)  # captured at this many start times
+    expected = np.array([np.nan, *sweep.starts])[count]
+    assert points["monotone"].mean() > 0.95
+    flips = points["outcome"].eq("flips").to_numpy() & (count > 0)
+    assert flips.mean() > 0.8
+    gap = sweep.starts[0] - sweep.starts[1]
+    off = np.abs(points["captured_at"].to_numpy()[flips] - expected[flips])
+    assert (off == 0).mean() > 0.8 and (off <= gap + 1).mean() > 0.97
+
+
+def test_funnel_width_is_that_of_the_basin(exact):
+    run = basinlab.sample(exact, "memorized", range(60), ConstantGuidance(SCALE), steps=100, progress=False)
+    run = run[np.flatnonzero(captured(run.images().flatten(1).numpy()))]
+    times = run.timesteps[[40, 70, 85]].tolist()
+    radii = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    attractors = exact.duplicate.expand(len(run), 2, 1, 1)
+    guidance = ConstantGuidance(SCALE)
+    table = basin.escapes(run, attractors, PlaneDistance(), BALL, times, radii, guidance, progress=False)
+    widths = basin.funnel_width(table).set_index("t")
+    for t in times:
+        states = run.latents[:, run.timesteps.tolist().index(t)].flatten(1).double().numpy()
+        # every direction, not one a trajectory
+        around = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+        directions = np.sqrt(2) * np.stack([np.cos(around), np.sin(around)], 1)
+        escaped = []
+        for r in radii:
+            pushed = states[:, None] + r * np.sqrt(1 - ALPHA_BARS[t]) * directions
+            escaped.append(1 - captured(ends(pushed.reshape(-1, 2), t)).mean())
+        assert escaped[0] == 0 and table.query("radius == 0 and t == @t")["escaped"].mean() == 0
+        expected = np.interp(0.5, escaped, radii)
+        assert widths.loc[t, "low"] - 0.3 <= expected <= widths.loc[t, "high"] + 0.3
+
+
+def test_what_the_world_has_not_is_named():
+    with pytest.raises(ValueError, match="no prompt 'owl' in this world; it has"):
+        MixtureDenoiser.with_duplicate().embed(["owl"])
+    with pytest.raises(ValueError, match="have no ''"):
+        MixtureDenoiser([(0, 0)], [1], {"a": [1]})
+    with pytest.raises(ValueError, match=r"weights of 'a' are .*give 1, of sum 1"):
+        MixtureDenoiser([(0, 0)], [1], {"": [1], "a": [0.5]})

@@ -1,0 +1,216 @@
+"""Forks from a shared prefix: a sweep over start times, and halving for the one that matters."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+import basinlab
+from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
+from basinlab.sampling import start_steps
+
+PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
+SEEDS = [0, 7]
+STEPS = 8
+
+
+def sweep(denoiser, starts=None, prompts=PROMPTS, seeds=SEEDS, steps=STEPS, **options):
+    return basinlab.sweep(denoiser, prompts, seeds, starts, steps=steps, progress=False, **options)
+
+
+def sample(denoiser, guidance, **options):
+    return basinlab.sample(denoiser, PROMPTS, SEEDS, guidance, steps=STEPS, progress=False, **options)
+
+
+def timesteps(denoiser, steps=STEPS):
+    scheduler = copy.deepcopy(denoiser.scheduler)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
+
+
+def rows_seen(denoiser):
+    """A list that fills with the rows of every network call, and the hook that fills it."""
+    rows = []
+    return rows, denoiser.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "DDIMScheduler",
+        "EulerAncestralDiscreteScheduler",
+    ],
+)
+@pytest.mark.parametrize("before", [0.0, -2.0])
+def test_every_fork_is_the_run_with_that_start(tiny, scheduler, before):
+    options = {"scheduler": scheduler}
+    times = [int(t) for t in sample(tiny, ConstantGuidance(1), **options).timesteps]
+    found = sweep(tiny, [*times, 0], before=ConstantGuidance(before), **options)
+    assert found.starts == sorted({*times, 0}, reverse=True)  # 0 is never, or the last timestep where that is 0
+    assert found.latents.shape == (4, len(found.starts), 4, 16, 16)
+    for i, start in enumerate(found.starts):
+        apart = sample(tiny, StaticTransitionPoint(start, before=before), **options).latents[:, -1]
+        size = max(1.0, float(apart.abs().max()) / 10)  # float32 has seven digits
+        torch.testing.assert_close(found.latents[:, i], apart, atol=1e-4 * size, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_batch_size_changes_no_result(tiny, batch_size):
+    whole, parts = sweep(tiny), sweep(tiny, batch_size=batch_size)
+    assert (parts.prompts, parts.seeds, parts.starts) == (whole.prompts, whole.seeds, whole.starts)
+    torch.testing.assert_close(parts.latents, whole.latents, atol=1e-4, rtol=0)
+    assert torch.equal(parts.network_calls, whole.network_calls)
+
+
+def test_network_calls_are_counted_and_bounded_by_the_batch(tiny):
+    times = timesteps(tiny)
+    rows, hook = rows_seen(tiny)
+    try:
+        found = sweep(tiny, times, batch_size=5)
+    finally:
+        hook.remove()
+    # to the last start 7 unguided steps, then both predictions of forks from steps 0, 1, ..., 7
+    assert found.network_calls.tolist() == [7 + 2 * sum(range(1, 9))] * 4
+    assert sum(rows) == found.network_calls.sum() and max(rows) <= 2 * 5
+    apart = sum(int(sample(tiny, StaticTransitionPoint(t)).network_calls[0]) for t in times)
+    assert found.network_calls_apart.tolist() == [apart] * 4
+
+
+def test_all_forks_of_a_step_are_one_call(tiny):
+    rows, hook = rows_seen(tiny)
+    try:
+        sweep(tiny, timesteps(tiny))
+    finally:
+        hook.remove()
+    assert rows == [4] * 7 + [2 * 4 * (k + 1) for k in range(8)]
+
+
+def test_magnitude_before_the_start_is_measured_on_request(tiny):
+    unguided = sample(tiny, ConstantGuidance(0), measure=True)
+    found = sweep(tiny, [500], measure=True)
+    torch.testing.assert_close(found.guidance_magnitude, unguided.guidance_magnitude, rtol=1e-4, atol=1e-5)
+    assert sweep(tiny, [500]).guidance_magnitude.isnan().all()
+
+
+def test_pictures_are_the_decoded_latents(tiny):
+    found = sweep(tiny, [999, 0])
+    assert found.images().shape == (4, 2, 3, 64, 64)
+    torch.testing.assert_close(found.images()[1, 1], tiny.decode(found.latents[1, 1:])[0])
+
+
+def test_start_times_are_sorted_snapped_and_taken_once():
+    times = torch.tensor([999, 749, 500, 250])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert start_steps([500, 999, 500], times) == {999: 0, 500: 2}
+        assert start_steps(None, times) == {999: 0, 0: 4}
+    with pytest.warns(UserWarning, match="600 becomes 500, 499 becomes 250, 3 becomes never"):
+        assert start_steps([3, 499, 600, 500], times) == {500: 2, 250: 3, 0: 4}
+
+
+@pytest.mark.parametrize("starts, message", [
+    ([500, 1000], "start 1000 is outside the schedule: give 0 to 999"),
+    ([-1], "start -1 is outside"),
+    ([], "no start times"),
+])  # fmt: skip
+def test_starts_outside_the_schedule_are_refused(tiny, starts, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(tiny, starts)
+
+
+def test_other_bad_input_is_named(tiny):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        sweep(tiny, batch_size=0)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        sweep(tiny, prompts=[""])
+    with pytest.raises(ValueError, match="timestep 1200 is outside"):
+        sweep(tiny, after=StaticTransitionPoint(1200))
+
+
+def test_latents_that_are_not_finite_are_named(tiny):
+    text_encoder = copy.deepcopy(tiny.text_encoder)
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight[tiny.tokenizer("tomato").input_ids[1]] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"'a picture of a tomato', seed 0, .*after step 3 \(t = "):
+        sweep(replace(tiny, text_encoder=text_encoder), [timesteps(tiny)[3]])
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    whole, folder = sweep(tiny, measure=True), tmp_path / "kept"
+    options = {"batch_size": 2, "folder": folder, "measure": True}
+    blocks = []
+
+    def stop_after_one(*args):
+        blocks.append(args)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    save = basinlab.sampling.save_file
+    monkeypatch.setattr(basinlab.sampling, "save_file", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny, **options)
+    monkeypatch.undo()
+    assert [p.name for p in folder.iterdir()] == ["000.safetensors"]
+    rows, hook = rows_seen(tiny)
+    try:
+        resumed = sweep(tiny, **options)
+        assert sum(rows) == whole.network_calls[2:].sum()  # the second block only
+        rows.clear()
+        again = sweep(tiny, **options)
+        assert not rows
+    finally:
+        hook.remove()
+    torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-4, rtol=0)
+    for name in ("latents", "guidance_magnitude", "network_calls"):
+        torch.testing.assert_close(getattr(again, name), getattr(resumed, name), atol=0, rtol=0)
+
+
+def test_kept_blocks_of_another_sweep_or_damaged_ones_are_named(tiny, tmp_path):
+    sweep(tiny, [500], folder=tmp_path)
+    with pytest.raises(ValueError, match="made with other settings: delete"):
+        sweep(tiny, [500], folder=tmp_path, after=ConstantGuidance(3.0))
+    (tmp_path / "000.safetensors").write_bytes(b"half")
+    with pytest.raises(OSError, match=r"is damaged .*delete it, and the next run makes it again"):
+        sweep(tiny, [500], folder=tmp_path)
+
+
+def test_halving_finds_what_the_sweep_shows(tmp_path):
+    plane = MixtureDenoiser.with_duplicate(0.6)
+    seeds, ball, options = range(150), basin.Ball(0.5, 0, {}), {"after": ConstantGuidance(3.0), "batch_size": 5000}
+    attractors = plane.duplicate.expand(150, 2, 1, 1)
+    starts = [*timesteps(plane, 50)[::2], 0]
+    whole = sweep(plane, starts, ["memorized"], seeds, steps=50, **options)
+    expected = basin.transition_points(basin.outcomes(whole, attractors, PlaneDistance(), ball))
+    rest = (plane, ["memorized"], seeds, attractors, PlaneDistance(), ball, starts)
+    points, halving = basin.transition_points_by_bisection(*rest, progress=False, folder=tmp_path, **options)
+    monotone = expected["monotone"]
+    assert 0.5 < monotone.mean() < 1 and set(expected["outcome"]) == {"flips", "always", "never"}
+    assert points[monotone].equals(expected.loc[monotone, points.columns])
+    assert whole.network_calls.sum() > 3 * halving.network_calls.sum()
+    again, _ = basin.transition_points_by_bisection(*rest, progress=False, folder=tmp_path, **options)
+    assert again.equals(points)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_sampling_from_a_state_of_a_run_ends_where_the_run_does(tiny, step):
+    """With a solver that has no history a run can be taken up anywhere."""
+    run = sample(tiny, ConstantGuidance(3.0), scheduler="DDIMScheduler")
+    t = int(run.timesteps[step])
+    options = {"steps": STEPS, "scheduler": "DDIMScheduler", "progress": False}
+    resumed = basinlab.sample_from(tiny, run.prompts, run.latents[:, step], t, ConstantGuidance(3.0), **options)
+    assert resumed.timesteps.tolist() == run.timesteps[step:].tolist()
+    torch.testing.assert_close(resumed.latents, run.latents[:, step:], atol=1e-4, rtol=0)
+
+
+def test_sampling_from_states_names_what_is_wrong(tiny):
+    states = torch.zeros(2, 4, 16, 16)
+    with pytest.raises(ValueError, match="3 prompts for 2 states"):
+        basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)
+    with pytest.raises(ValueError, match=r"501 is no timestep of this scheduler with 50 steps; the nearest are \["):
+        basinlab.sample_from(tiny, ["an owl"] * 2, states, 501, steps=50)
