@@ -13,6 +13,7 @@ SMOKE_FOLDERS := --smoke --work build/smoke/work --out build/smoke/data
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
 	@echo "make figures  run the notebooks, write figures/   (some minutes each; it says how long)"
+	@echo "              SIZE=full takes the samples of the committed figures"
 	@echo "make test     lint, then the tests                (some minutes)"
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
@@ -41,7 +42,7 @@ $(INSTALLED): pyproject.toml
 
 figures: $(INSTALLED)
 	@echo "figures: running the notebooks in order (some minutes each)"
-	@$(PY) notebooks/execute.py
+	@BASINLAB_SIZE=$(or $(SIZE),reader) $(PY) notebooks/execute.py
 
 test: lint
 	@echo "test: running tests and doctests (some minutes)"

@@ -265,6 +265,20 @@ def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> p
     return samples.assign(outcome=outcome, captured_at=captured_at, free_at=free_at, point=(captured_at + free_at) / 2)
 
 
+def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
+
+    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a
+    median of 0 or 1000 says that half of them do not flip.
+    """
+    placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
+    rows = []
+    for level, values in placed.groupby(points[by], sort=False):
+        low, high = bootstrap_interval(values.to_numpy(), np.median)
+        rows.append((level, values.median(), low, high, len(values)))
+    return pd.DataFrame(rows, columns=["level", "point", "low", "high", "n"])
+
+
 def membership(
     denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, ball: Ball, **options
 ) -> Tensor:

@@ -20,9 +20,10 @@ from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
 from . import metrics
+from .basin import Ball, outcomes
 from .guidance import ConstantGuidance, StaticTransitionPoint, describe
 from .models import Denoiser, data_folder, read_pictures, read_prompts
-from .sampling import Trajectory, initial_noise, sample
+from .sampling import Sweep, Trajectory, initial_noise, sample
 
 
 def _read(path: Path, expected: dict) -> pd.DataFrame:
@@ -72,6 +73,24 @@ def measured(run: Trajectory, prompts: pd.DataFrame, judges: "Judges") -> pd.Dat
     table["noise_mean"] = initial_noise(run.denoiser, run.seeds).mean(dim=(2, 3)).tolist()
     table["magnitude"] = run.guidance_magnitude.tolist()
     table["calls"] = run.network_calls
+    return table
+
+
+def judged(run: Trajectory | Sweep, prompts: pd.DataFrame, judges: "Judges", ball: Ball) -> pd.DataFrame:
+    """One row a sample of ``run``, or a sample and start time of a sweep: what became of it.
+
+    Columns: prompt, seed, (start,) distance, inside, object_right, new_and_right (right and outside
+    the ball), saturated, and ``share`` of the duplicate. ``prompts`` has a row for each prompt of the
+    run, as `models.read_prompts` gives it.
+    """
+    rows = prompts.set_index("prompt").loc[run.prompts]
+    table = outcomes(run, read_pictures(rows["attractor"]), judges.distance, ball)
+    pictures = run.images().flatten(0, 1) if isinstance(run, Sweep) else run.images()
+    rows = rows.iloc[np.arange(len(table)) * len(run) // len(table)]  # of a sweep, once for each start
+    table["object_right"] = metrics.object_right(judges.alignment, pictures, rows["object"].tolist(), judges.names)
+    table["new_and_right"] = table["object_right"] & ~table["inside"]
+    table["saturated"] = metrics.saturated_share(pictures)
+    table["share"] = rows["share"].to_numpy()
     return table
 
 

@@ -87,12 +87,27 @@ class MixtureDenoiser(Denoiser):
 
     def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
         """epsilon = -sqrt(1 - alpha_bar) grad log p_t(x), [B, 2, 1, 1]."""
+        log_parts, away, variance = self._parts(latents, timestep, embedding)
+        pull = (log_parts.softmax(dim=1) / variance)[:, :, None] * away
+        return (-(1 - self.alpha_bar(timestep).to(latents)).sqrt() * pull.sum(dim=1)).view_as(latents)
+
+    def _parts(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each component at x_t: log density [B, K], the way to its centre [B, K, 2], its variance [K]."""
         alpha_bar = self.alpha_bar(timestep).to(latents)
-        variance = alpha_bar * self.deviations**2 + 1 - alpha_bar  # [K]
-        away = alpha_bar.sqrt() * self.centres - latents.flatten(1)[:, None]  # [B, K, 2]
-        log_share = embedding[:, 0].log() - variance.log() - away.square().sum(dim=2) / (2 * variance)
-        pull = (log_share.softmax(dim=1) / variance)[:, :, None] * away
-        return (-(1 - alpha_bar).sqrt() * pull.sum(dim=1)).view_as(latents)
+        variance = alpha_bar * self.deviations**2 + 1 - alpha_bar
+        away = alpha_bar.sqrt() * self.centres - latents.flatten(1)[:, None]
+        return embedding[:, 0].log() - variance.log() - away.square().sum(dim=2) / (2 * variance), away, variance
+
+    def log_density(self, latents: Tensor, timestep: int | Tensor, prompt: str) -> Tensor:
+        """log p_t(x | prompt) without its constant, [B]: what a perfect noise-aware classifier would rest on."""
+        return self._parts(latents, timestep, self.embed([prompt]))[0].logsumexp(dim=1)
+
+    def draw(self, count: int, prompt: str, seed: int = 0) -> Tensor:
+        """Clean points of a prompt, [count, 2, 1, 1]."""
+        generator = torch.Generator().manual_seed(seed)
+        which = torch.multinomial(self.embed([prompt])[0, 0], count, replacement=True, generator=generator)
+        noise = torch.randn(count, 2, generator=generator).to(self.dtype)
+        return (self.centres[which] + self.deviations[which, None] * noise).view(count, *self.latent_shape)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Points are their own pictures, [B, 2, 1, 1]."""

@@ -74,6 +74,12 @@ class Denoiser:
         """T, the length of the training schedule."""
         return self.scheduler.config.num_train_timesteps
 
+    def timesteps(self, steps: int = 50) -> list[int]:
+        """The timesteps at which its own scheduler samples, falling."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return [int(t) for t in scheduler.timesteps]
+
     def alpha_bar(self, timestep: int | Tensor) -> Tensor:
         """The share of the clean latents' variance that is left at ``timestep``."""
         return self.scheduler.alphas_cumprod[int(timestep)].to(self.device)

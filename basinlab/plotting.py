@@ -30,6 +30,16 @@ COLOURS = {
     "ordinary, CFG": _PALETTE[2],
     "ordinary, no CFG": _PALETTE[4],
     "other artist's scene": _PALETTE[8],
+    "captured": _PALETTE[3],
+    "free": _PALETTE[0],
+    "inside the ball": _PALETTE[3],
+    "object named right": _PALETTE[2],
+    "new and right": _PALETTE[0],
+    "no guidance before": _PALETTE[0],
+    "opposite guidance before": _PALETTE[1],
+    "measured": "black",
+    "static": _PALETTE[2],
+    "dynamic": _PALETTE[1],
     0.6: _PALETTE[9],
     0.8: _PALETTE[0],
     0.95: _PALETTE[4],
@@ -173,14 +183,20 @@ def dispersion(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def capture_curve(table: pd.DataFrame, by: str = "share") -> Figure:
-    """Capture probability over the start of CFG; columns start, ``by``, captured, low, high."""
+def capture_curve(
+    table: pd.DataFrame, by: str = "share", ylabel: str = "share inside the ball", title: str = "duplicate's share"
+) -> Figure:
+    """A share over the start of CFG; columns start, ``by``, captured, low, high (`basin.capture_probability`).
+
+    A start of 0, which is never, stands at the right end.
+    """
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
-    for name, part in table.groupby(by):
+    for name, part in table.groupby(by, sort=False):
         errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
         axis.errorbar(part["start"], part["captured"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
-    axis.set(xlabel="CFG starts at timestep", ylabel="share inside the ball", xlim=(1020, 80), ylim=(-0.03, 1.03))
-    axis.legend(title="duplicate's share")
+    low = min(80, table["start"].min() - 20)
+    axis.set(xlabel="CFG starts at timestep", ylabel=ylabel, xlim=(1020, low), ylim=(-0.03, 1.03))
+    axis.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 
@@ -211,6 +227,199 @@ def per_prompt(table: pd.DataFrame) -> Figure:
         axis.errorbar(part.index, part["captured"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
     axis.set(xlabel="prompt", ylabel="capture probability", xticks=[], ylim=(-0.03, 1.03))
     axis.legend(title="duplicate's\nshare", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def planes(panels: Mapping[str, Mapping[str, Tensor]], limit: float = 8.5, point: Tensor | None = None) -> Figure:
+    """Points in the plane, one panel a title: name of each crowd -> [N, 2]; ``point`` [2] is marked by a cross."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.9 * len(panels), 3.1), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, (title, crowds) in zip(axes[0], panels.items(), strict=True):
+        for i, (name, points) in enumerate(crowds.items()):
+            axis.scatter(*points.T, s=5, alpha=0.5, linewidth=0, color=COLOURS.get(name, _PALETTE[i]), label=name)
+        if point is not None:
+            axis.plot(*point, marker="x", color="black", markersize=8, linestyle="")
+        axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    if len(next(iter(panels.values()))) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, markerscale=2)
+        figure.tight_layout(rect=(0, 0.08, 1, 1))
+    else:
+        figure.tight_layout()
+    return figure
+
+
+def arrows(panels: Mapping[str, Tensor], grid: Tensor, points: Tensor, limit: float = 8.5) -> Figure:
+    """Vector fields [G, 2] on ``grid`` [G, 2], one panel a title; ``points`` [K, 2] are marked.
+
+    Lengths are to scale within a panel, cut at its 90th percentile.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.8), sharex=True, sharey=True, squeeze=False
+    )
+    spacing = float(grid[1, 0] - grid[0, 0])
+    for axis, (title, field) in zip(axes[0], panels.items(), strict=True):
+        longest = float(field.norm(dim=1).quantile(0.9))
+        clipped = field * (longest / field.norm(dim=1, keepdim=True).clamp_min(1e-9)).clamp_max(1)
+        axis.quiver(
+            *grid.T, *clipped.T, color=_PALETTE[0], angles="xy", scale_units="xy", scale=longest / spacing, width=0.006
+        )
+        axis.plot(*points[:-1].T, marker="o", color="gray", linestyle="", markersize=5)
+        axis.plot(*points[-1], marker="x", color="black", linestyle="", markersize=8, markeredgewidth=2)
+        axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    figure.tight_layout()
+    return figure
+
+
+def basin_maps(
+    maps: Mapping[int, Tensor], limit: float, paths: Mapping[str, Tensor], timesteps: Tensor, point: Tensor
+) -> Figure:
+    """Which states of the plane lie in the basin, one panel a timestep: [N, N] bool, rows along y.
+
+    ``paths`` (name -> [B, S, 2]) are drawn up to each panel's timestep; ``point`` [K, 2] by t is the
+    attractor as it stands in the noised plane.
+    """
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.1 * len(maps), 3.5), sharex=True, sharey=True)
+    for i, (axis, (t, inside)) in enumerate(zip(axes, maps.items(), strict=True)):
+        axis.imshow(
+            inside.float().numpy(),
+            extent=(-limit, limit, -limit, limit),
+            origin="lower",
+            cmap=sns.light_palette(COLOURS["captured"], as_cmap=True),
+            vmax=1.6,
+        )
+        step = timesteps.tolist().index(t)
+        for name, states in paths.items():
+            for path in states:
+                axis.plot(*path[: step + 1].T, color=COLOURS[name], linewidth=0.8, alpha=0.7)
+                axis.plot(*path[step], marker="o", color=COLOURS[name], markersize=3)
+        axis.plot(*point[i], marker="x", color="black", markersize=8, linestyle="")
+        axis.set(title=f"t = {t}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    figure.tight_layout()
+    return figure
+
+
+def funnel_section(
+    inside: Tensor, positions: Tensor, timesteps: Sequence[int], paths: Mapping[str, Tensor], path_times: Tensor
+) -> Figure:
+    """The basin in full along one line through the attractor: [T, N] bool over time and place.
+
+    Args:
+        inside: whether CFG from that place at that time is captured.
+        positions: [N], along the line, in units of the clean plane.
+        timesteps: T.
+        paths: name -> [B, S], places of trajectories along the line at ``path_times`` [S].
+    """
+    figure, axis = plt.subplots(figsize=(8, 4.2))
+    colours = sns.light_palette(COLOURS["captured"], as_cmap=True)
+    axis.pcolormesh(timesteps, positions, inside.float().T.numpy(), cmap=colours, vmax=1.6, shading="nearest")
+    for name, places in paths.items():
+        for i, path in enumerate(places):
+            axis.plot(path_times, path, color=COLOURS[name], linewidth=0.9, label=name if i == 0 else None)
+    axis.set(
+        xlabel="timestep t", ylabel="place along the line", xlim=(1000, 0), ylim=(positions.min(), positions.max())
+    )
+    axis.legend(title="shaded: the basin", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def widths(table: pd.DataFrame) -> Figure:
+    """The funnel's measured width over t (`basin.funnel_width`), as a multiple of the noise at t."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    known = table[np.isfinite(table["width"])]
+    errors = np.clip([known["width"] - known["low"], known["high"] - known["width"]], 0, None)
+    errors = np.where(np.isfinite(errors), errors, 0)
+    axis.errorbar(known["t"], known["width"], errors, marker="o", capsize=3, color=COLOURS["captured"])
+    axis.set(
+        xlabel="timestep t",
+        ylabel="push that frees one half,\nin units of the noise at t",
+        xlim=(1020, 0),
+        ylim=(0, None),
+    )
+    figure.tight_layout()
+    return figure
+
+
+def magnitude_panels(magnitudes: Tensor, timesteps: Tensor, marks: pd.DataFrame, titles: Sequence[str]) -> Figure:
+    """Guidance magnitude of single trajectories [N, S] with transition points marked.
+
+    ``marks`` has a row a trajectory and a column a kind of point (measured, static, dynamic; NaN: none).
+    """
+    columns = 4
+    lines = -(-len(magnitudes) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3 * columns, 2.2 * lines), sharex=True, squeeze=False)
+    styles = {"measured": "-", "static": ":", "dynamic": "--"}
+    for i, (axis, magnitude) in enumerate(zip(axes.flat, magnitudes, strict=False)):
+        axis.plot(timesteps, magnitude, color="gray")
+        for name in marks.columns:
+            if np.isfinite(marks[name].iloc[i]):
+                axis.axvline(marks[name].iloc[i], color=COLOURS[name], linestyle=styles[name], label=name)
+        axis.set_title(titles[i], fontsize=8)
+        axis.set(xlim=(1000, 0))
+    for axis in axes[-1]:
+        axis.set_xlabel("timestep t")
+    figure.supylabel(r"$\|\epsilon_c-\epsilon_u\|_2$", fontsize=11)
+    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure
+
+
+def point_errors(table: pd.DataFrame) -> Figure:
+    """Dynamic transition points against measured ones: scatter, and the error's distribution.
+
+    Columns measured, dynamic (NaN: none found), share.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
+    found = table.dropna()
+    for share, part in found.groupby("share"):
+        left.scatter(part["measured"], part["dynamic"], s=22, color=COLOURS[share], label=share)
+    left.plot([0, 1000], [0, 1000], color="gray", linewidth=1)
+    left.set(xlabel="measured point t", ylabel="dynamic point t", xlim=(1000, 0), ylim=(1000, 0))
+    left.legend(title="duplicate's share")
+    error = found["dynamic"] - found["measured"]
+    right.hist(error, np.arange(-1000, 1001, 50), color=COLOURS["dynamic"])
+    right.axvline(0, color="gray", linewidth=1)
+    right.axvline(error.median(), color="black", linestyle="--", label=f"median {error.median():+.0f}")
+    right.set(xlabel="dynamic minus measured (right: too early)", ylabel="samples")
+    right.legend()
+    figure.tight_layout()
+    return figure
+
+
+def shares_over(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
+    """Shares of samples over a setting ``x``; columns ``x``, name, captured, low, high."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    for name, part in table.groupby("name", sort=False):
+        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        axis.errorbar(part[x], part["captured"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
+    axis.set(xlabel=xlabel, ylabel="share of samples", ylim=(-0.03, 1.03))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def point_multiples(table: pd.DataFrame) -> Figure:
+    """Transition points by what may move them: columns factor, level, point, low, high; one panel a factor."""
+    factors = list(dict.fromkeys(table["factor"]))
+    lines = -(-len(factors) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(12, 3.1 * lines), sharey=True, squeeze=False)
+    for axis, factor in zip(axes.flat, factors, strict=False):
+        part = table[table["factor"] == factor].reset_index(drop=True)
+        errors = np.clip([part["point"] - part["low"], part["high"] - part["point"]], 0, None)
+        axis.errorbar(part.index, part["point"], errors, fmt="o", capsize=3, color="black")
+        many = len(part) > 8
+        labels = [] if many else [str(level) for level in part["level"]]
+        axis.set(title=factor, xticks=[] if many else part.index, xlim=(-0.5, len(part) - 0.5), ylim=(0, 1000))
+        axis.set_xticklabels(labels, fontsize=8)
+        if many:
+            axis.set_xlabel(f"{len(part)}, in order")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("transition point t")
+    for axis in axes.flat[len(factors) :]:
+        axis.set_visible(False)
     figure.tight_layout()
     return figure
 

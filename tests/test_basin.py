@@ -213,3 +213,11 @@ def test_funnel_width_is_interpolated_between_radii():
     assert widths.loc[500, "width"] == 2 and widths.loc[500, "n"] == 4
     assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
     assert np.isinf(widths.loc[300, "width"])
+
+
+def test_median_points_count_those_that_never_flip_at_the_ends():
+    points = basin.transition_points(outcome_table(["1100", "1111", "1111", "0000", "1000"]))
+    found = basin.median_points(points.assign(group=["a", "a", "a", "b", "b"]), "group").set_index("level")
+    assert found.loc["a", "point"] == 0 and found.loc["a", "n"] == 3  # two of three are captured at all starts
+    assert found.loc["b", "point"] == 900  # of 1000 and 800
+    assert (found["low"] <= found["point"]).all() and (found["point"] <= found["high"]).all()

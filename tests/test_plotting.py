@@ -57,3 +57,37 @@ def test_slider_shows_the_picture_of_the_chosen_start_and_seed():
             start.value, seed.value = i, k
             seen.add(bytes(picture.value))
     assert len(seen) == 6
+
+
+SHARES = pd.DataFrame({"start": [900, 500], "captured": [1.0, 0.2], "low": [0.9, 0.1], "high": [1.0, 0.4]})
+GRID = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="xy"), -1).reshape(-1, 2)
+PATHS = {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}
+TIMES = torch.tensor([900, 600, 300])
+POINTS = pd.DataFrame({"factor": ["a", "a", "b"], "level": [1, 2, 3], "point": 500.0, "low": 400.0, "high": 600.0})
+
+
+@pytest.mark.parametrize(
+    "draw, panels",
+    [
+        (lambda: plotting.planes({"t = 0": {"free": GRID}, "t = 9": {"free": GRID}}, point=torch.zeros(2)), 2),
+        (lambda: plotting.arrows({"a": GRID, "b": -GRID, "c": GRID}, GRID, GRID), 3),
+        (lambda: plotting.basin_maps({900: GRID > 1, 300: GRID > 0}, 2.0, PATHS, TIMES, GRID), 2),
+        (lambda: plotting.funnel_section(GRID.new_ones(3, 5), torch.arange(5), [9, 6, 3], {}, TIMES), 1),
+        (lambda: plotting.capture_curve(SHARES.assign(name="new and right"), "name"), 1),
+        (lambda: plotting.shares_over(SHARES.assign(name="new and right"), "start", "start"), 1),
+        (lambda: plotting.widths(pd.DataFrame({"t": [9, 5], "width": [float("inf"), 2], "low": 1.0, "high": 3.0})), 1),
+        (lambda: plotting.point_multiples(POINTS), 3),
+        (lambda: plotting.point_errors(pd.DataFrame({"measured": [500.0], "dynamic": [400.0], "share": [0.6]})), 2),
+        (
+            lambda: plotting.magnitude_panels(
+                torch.ones(2, 3), TIMES, pd.DataFrame({"measured": [500, float("nan")], "dynamic": 300.0}), ["a", "b"]
+            ),
+            4,
+        ),
+    ],
+)
+def test_each_figure_has_its_panels_and_can_be_written(draw, panels, tmp_path):
+    figure = draw()
+    assert len(figure.axes) == panels
+    figure.savefig(tmp_path / "figure.pdf")
+    plt.close(figure)

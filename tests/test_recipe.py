@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,31 @@ def smoke(tmp_path_factory):
     output, _ = again.communicate()
     assert again.returncode == 0, output
     return folder / "data", survived, output
+
+
+def test_shipped_weights_can_be_trained_further(smoke, tmp_path):
+    """On a bare machine, from the shipped folders alone; the log of what came before is kept."""
+    data = shutil.copytree(smoke[0], tmp_path / "data")
+    weights = data / "emoji-duplicated" / "unet" / "diffusion_pytorch_model.safetensors"
+    clip, before = (data / "clip" / "model.safetensors").read_bytes(), weights.read_bytes()
+    options = ("--smoke", "--further", "--stages", "unet", "--steps", "4", "--work", tmp_path / "work", "--out", data)
+    run = recipe(*options)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert weights.read_bytes() != before and (data / "clip" / "model.safetensors").read_bytes() == clip
+    made = json.loads((data / "emoji-duplicated" / "training.json").read_text())["unet"]
+    assert "--further" in made["command"] and "--further" not in made["started_from"]["command"]
+    logs = sorted(path.name for path in (data / "emoji-duplicated").glob("*losses*"))
+    assert logs == ["unet-losses-1.csv", "unet-losses.csv", "vae-losses.csv"]
+
+
+def test_checkpoint_of_another_start_is_refused(tmp_path):
+    settings = dataclasses.replace(train.SETTINGS["descriptor"], steps=1, batch=4)
+    train.fit(train.DescriptorStage(settings), tmp_path, torch.device("cpu"), float("inf"))
+    stage = train.DescriptorStage(settings)
+    stage.start = "elsewhere"
+    with pytest.raises(ValueError, match="was made with start the recipe's seed, not elsewhere"):
+        train.fit(stage, tmp_path, torch.device("cpu"), float("inf"))
 
 
 @pytest.fixture

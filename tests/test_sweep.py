@@ -25,9 +25,7 @@ def sample(denoiser, guidance, **options):
 
 
 def timesteps(denoiser, steps=STEPS):
-    scheduler = copy.deepcopy(denoiser.scheduler)
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps.tolist()
+    return denoiser.timesteps(steps)
 
 
 def rows_seen(denoiser):
