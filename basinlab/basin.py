@@ -88,8 +88,9 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
 
 def roc(positives: Tensor, negatives: Tensor) -> pd.DataFrame:
     """Receiver operating characteristic of "distance <= radius": columns radius, false_positive, true_positive."""
-    radii = torch.cat([positives, negatives]).flatten().unique()
-    share = lambda d: torch.searchsorted(d.flatten().sort().values, radii, right=True).double() / d.numel()  # noqa: E731
+    positives, negatives = positives.flatten().double(), negatives.flatten().double()
+    radii = torch.cat([positives, negatives]).unique()
+    share = lambda d: torch.searchsorted(d.sort().values, radii, right=True).double() / d.numel()  # noqa: E731
     return pd.DataFrame({"radius": radii, "false_positive": share(negatives), "true_positive": share(positives)})
 
 

@@ -29,6 +29,7 @@ COLOURS = {
     "memorized, no CFG": _PALETTE[0],
     "ordinary, CFG": _PALETTE[2],
     "ordinary, no CFG": _PALETTE[4],
+    "unseen scene": _PALETTE[5],
     "other artist's scene": _PALETTE[8],
     "captured": _PALETTE[3],
     "free": _PALETTE[0],
@@ -410,8 +411,9 @@ def point_multiples(table: pd.DataFrame) -> Figure:
         part = table[table["factor"] == factor].reset_index(drop=True)
         errors = np.clip([part["point"] - part["low"], part["high"] - part["point"]], 0, None)
         axis.errorbar(part.index, part["point"], errors, fmt="o", capsize=3, color="black")
-        many = len(part) > 8
-        labels = [] if many else [str(level) for level in part["level"]]
+        labels = [str(level) for level in part["level"]]
+        many = sum(map(len, labels)) > 40
+        labels = [] if many else labels
         axis.set(title=factor, xticks=[] if many else part.index, xlim=(-0.5, len(part) - 0.5), ylim=(0, 1000))
         axis.set_xticklabels(labels, fontsize=8)
         if many:

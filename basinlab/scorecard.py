@@ -25,21 +25,23 @@ def real_scenes() -> tuple[torch.Tensor, list[str]]:
 
 
 def ball_of(table: pd.DataFrame, name: str, distance: metrics.CopyDistance) -> Ball:
-    """The ball of a bundled checkpoint: at most 0.1% of what is no copy may lie inside.
-
-    No copies are: ordinary samples under CFG against every duplicate (of seeds that no claim is
-    measured on), and the duplicated scenes with their object drawn by the other vendor.
-    """
+    """The ball of a bundled checkpoint: at most 0.1% of what is no copy may lie inside any duplicate's ball."""
     return calibrate_ball(negatives_of(table, name, distance))
 
 
 def negatives_of(table: pd.DataFrame, name: str, distance: metrics.CopyDistance) -> dict[str, torch.Tensor]:
-    """Distances to duplicated scenes of pictures that are no copies, by where they come from."""
+    """Distances of pictures that are no copies to the nearest duplicated scene, by where the pictures come from.
+
+    No copies are: ordinary samples under CFG (of seeds that no claim is measured on), real scenes that
+    no training saw, and the duplicated scenes with their object drawn by the other vendor.
+    """
     verbatim = read_prompts(name, "memorized").query("kind == 'verbatim'")
     ordinary = table.query("group == 'calibration'")
+    duplicates = read_pictures(verbatim["attractor"])
     return {
-        "ordinary, CFG": torch.tensor(np.stack(ordinary["to_duplicates"])).flatten(),
-        "other artist's scene": distance(read_pictures(verbatim["swapped"]), read_pictures(verbatim["attractor"])),
+        "ordinary, CFG": torch.tensor(np.stack(ordinary["to_duplicates"])).float().amin(dim=1),
+        "unseen scene": distance.pairs(real_scenes()[0], duplicates).amin(dim=1),
+        "other artist's scene": distance.pairs(read_pictures(verbatim["swapped"]), duplicates).amin(dim=1),
     }
 
 

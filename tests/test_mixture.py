@@ -80,10 +80,21 @@ def test_epsilon_is_the_score_of_the_noised_mixture(exact, prompt, t):
     spread = torch.tensor(np.sqrt(alpha_bar * DEVIATIONS**2 + 1 - alpha_bar))[used, None].expand(-1, 2)
     centres = torch.tensor(CENTRES)[used] * alpha_bar**0.5
     density = MixtureSameFamily(Categorical(weights[used]), Independent(Normal(centres, spread), 1))
+    known = exact.log_density(x.detach().view(50, 2, 1, 1), t, prompt) - density.log_prob(x.detach())
+    torch.testing.assert_close(known, known[:1].expand(50), atol=1e-3, rtol=0)  # equal but for a constant
     (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
     found = exact(x.detach().view(50, 2, 1, 1), t, exact.embed([prompt]).expand(50, -1, -1)).flatten(1)
     # diffusers keeps alpha_bar in float32
     torch.testing.assert_close(found, -((1 - alpha_bar) ** 0.5) * score, atol=1e-4, rtol=1e-3)
+
+
+def test_clean_points_are_drawn_in_the_captions_shares(exact):
+    points = exact.draw(4000, "memorized").flatten(1)
+    copies = captured(points.numpy()).mean()
+    low, high = basin.wilson_interval(3200, 4000, confidence=0.999)
+    assert low < copies < high
+    rest = points[~captured(points.numpy())].numpy()
+    assert np.abs(rest.mean(0) - CENTRES[0]).max() < 0.1 and np.abs(rest.std(0) - 0.9).max() < 0.1
 
 
 @pytest.mark.parametrize("weight", [0.0, SCALE])

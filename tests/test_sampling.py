@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
+from scipy.signal import argrelmin
 
 import basinlab
-from basinlab import ConstantGuidance, StaticTransitionPoint
+from basinlab import ConstantGuidance, DynamicTransitionPoint, StaticTransitionPoint
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 SEEDS = [0, 1, 7]
@@ -208,6 +209,35 @@ def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
             epsilons.append(as_epsilon if prediction_type == "v_prediction" else output)
         expected = (epsilons[0] - epsilons[1]).flatten(1).norm(dim=1).float()
         torch.testing.assert_close(run.guidance_magnitude[:, i], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_dynamic_point_is_that_of_the_epsilon_magnitude(tiny, prediction_type):
+    """Found on the way, per sample, as scipy finds the minimum in the magnitude of an unguided run."""
+    denoiser = predicting(tiny, prediction_type)
+    unguided = sample(denoiser, guidance=ConstantGuidance(0), steps=25, measure=True)
+    run = sample(denoiser, guidance=DynamicTransitionPoint(5.0, latest=0), steps=25)
+    found = 0
+    for b in range(len(run)):
+        minima = argrelmin(unguided.guidance_magnitude[b].numpy())[0]
+        if not len(minima) or minima[0] + 1 >= 25:
+            assert run.transition_point[b].isnan()
+            continue
+        found += 1
+        point = minima[0] + 1
+        assert run.transition_point[b] == run.timesteps[point]
+        close(run.latents[b, : point + 1], unguided.latents[b, : point + 1])
+        assert (run.latents[b, point + 1] - unguided.latents[b, point + 1]).norm() > 1e-3
+    assert found
+    alone = sample(denoiser, guidance=DynamicTransitionPoint(5.0, latest=0), steps=25, batch_size=1)
+    assert torch.equal(alone.transition_point.nan_to_num(), run.transition_point.nan_to_num())
+    close(alone.latents, run.latents)
+
+
+def test_static_point_is_snapped_and_told(tiny):
+    run = sample(tiny, guidance=StaticTransitionPoint(600))
+    assert run.transition_point.tolist() == [float(max(t for t in run.timesteps.tolist() if t <= 600))] * 6
+    assert sample(tiny, guidance=ConstantGuidance(2.0)).transition_point.isnan().all()
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])

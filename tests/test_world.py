@@ -117,9 +117,6 @@ def test_layout_floor_is_between_other_families_and_the_own_one():
     assert (metrics.layout_similarity(pictures, pictures.roll(1, 0), boxes) > floor).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="goal not reached yet: the shipped CLIP was trained too briefly, see the scorecard"
-)
 def test_bundled_clip_names_95_of_100_real_objects():
     pictures, names = scorecard.real_scenes()
     judges = experiment.Judges(NAME)
