@@ -209,7 +209,6 @@ def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = 
             "restore that folder, for a bundled one with `git checkout -- data`"
         ) from error
     pipeline.to(device)
-    pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU by a fifth
     return StableDiffusion(
         name=folder.name,
         folder=folder,

@@ -196,7 +196,7 @@ def test_finished_training_is_not_done_again(tmp_path, vae_folder):
 
 def test_checkpoint_of_another_batch_size_is_refused(tmp_path, vae_folder):
     train.fit(stage_called("descriptor", vae_folder), tmp_path, CPU, deadline=0)
-    with pytest.raises(ValueError, match=f"batch 2, not 4: delete {tmp_path}"):
+    with pytest.raises(ValueError, match=f"batch 2, not 4: move {tmp_path} away"):
         train.fit(stage_called("descriptor", vae_folder, batch=4), tmp_path, CPU, deadline=0)
 
 
