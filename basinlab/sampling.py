@@ -148,7 +148,7 @@ def sample(
     *,
     steps: int = 50,
     scheduler: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
     record: bool = True,
     measure: bool = False,
     progress: bool = True,
@@ -190,7 +190,7 @@ def sample_from(
     seeds: Sequence[int] | None = None,
     steps: int = 50,
     scheduler: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
     progress: bool = True,
 ) -> Trajectory:
     """Go on from states x_t: sample the steps from ``timestep`` on. A multistep solver starts without history.
@@ -476,7 +476,7 @@ def sweep(
     after: BaseGuidance | None = None,
     steps: int = 50,
     scheduler: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
     measure: bool = False,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -535,7 +535,7 @@ def bisect(
     after: BaseGuidance | None = None,
     steps: int = 50,
     scheduler: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Bisection:
