@@ -184,6 +184,11 @@ def dispersion(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _errors(table: pd.DataFrame, value: str) -> np.ndarray:
+    """Error bars [2, N] of column ``value`` from columns low and high."""
+    return np.clip([table[value] - table["low"], table["high"] - table[value]], 0, None)
+
+
 def capture_curve(
     table: pd.DataFrame, by: str = "share", ylabel: str = "share inside the ball", title: str = "duplicate's share"
 ) -> Figure:
@@ -193,7 +198,7 @@ def capture_curve(
     """
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
     for name, part in table.groupby(by, sort=False):
-        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        errors = _errors(part, "captured")
         axis.errorbar(part["start"], part["captured"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
     low = min(80, table["start"].min() - 20)
     axis.set(xlabel="CFG starts at timestep", ylabel=ylabel, xlim=(1020, low), ylim=(-0.03, 1.03))
@@ -224,7 +229,7 @@ def per_prompt(table: pd.DataFrame) -> Figure:
     table = table.sort_values(["group", "captured"]).reset_index(drop=True)
     figure, axis = plt.subplots(figsize=(10, 3.8))
     for name, part in table.groupby("group"):
-        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        errors = _errors(part, "captured")
         axis.errorbar(part.index, part["captured"], errors, fmt="o", capsize=2, color=COLOURS[name], label=name)
     axis.set(xlabel="prompt", ylabel="capture probability", xticks=[], ylim=(-0.03, 1.03))
     axis.legend(title="duplicate's\nshare", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -330,7 +335,7 @@ def widths(table: pd.DataFrame) -> Figure:
     """The funnel's measured width over t (`basin.funnel_width`), as a multiple of the noise at t."""
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
     known = table[np.isfinite(table["width"])]
-    errors = np.clip([known["width"] - known["low"], known["high"] - known["width"]], 0, None)
+    errors = _errors(known, "width")
     errors = np.where(np.isfinite(errors), errors, 0)
     axis.errorbar(known["t"], known["width"], errors, marker="o", capsize=3, color=COLOURS["captured"])
     axis.set(
@@ -394,7 +399,7 @@ def shares_over(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     """Shares of samples over a setting ``x``; columns ``x``, name, captured, low, high."""
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
     for name, part in table.groupby("name", sort=False):
-        errors = np.clip([part["captured"] - part["low"], part["high"] - part["captured"]], 0, None)
+        errors = _errors(part, "captured")
         axis.errorbar(part[x], part["captured"], errors, marker="o", capsize=3, color=COLOURS[name], label=name)
     axis.set(xlabel=xlabel, ylabel="share of samples", ylim=(-0.03, 1.03))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -409,7 +414,7 @@ def point_multiples(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(lines, 3, figsize=(12, 3.1 * lines), sharey=True, squeeze=False)
     for axis, factor in zip(axes.flat, factors, strict=False):
         part = table[table["factor"] == factor].reset_index(drop=True)
-        errors = np.clip([part["point"] - part["low"], part["high"] - part["point"]], 0, None)
+        errors = _errors(part, "point")
         axis.errorbar(part.index, part["point"], errors, fmt="o", capsize=3, color="black")
         labels = [str(level) for level in part["level"]]
         many = sum(map(len, labels)) > 40

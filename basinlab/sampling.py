@@ -13,8 +13,9 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import diffusers
@@ -497,20 +498,22 @@ def sweep(
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure)
     job, ks = forks.job, list(forks.starts.values())
+    passes, passes_before = _passes(forks.after, job), _passes(forks.before, job)
+    calls = sum(sum(passes[k:]) for k in ks)
 
     def block(rows: list[int]) -> dict[str, Tensor]:
         prefix = forks.prefix(rows, bar)
         chosen = [(i, k) for i in range(len(rows)) for k in ks]
         latents = forks.ends(rows, prefix, chosen, bar).unflatten(0, (len(rows), len(ks)))
-        return {"latents": latents, "magnitude": prefix.magnitude, "calls": prefix.calls + forks.calls(ks)}
+        return {"latents": latents, "magnitude": prefix.magnitude, "calls": prefix.calls + calls}
 
     total = len(job) * sum(steps - k for k in (0, *ks))
     parts = []
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         for number, rows in enumerate(job.blocks(batch_size)):
-            parts.append(_kept(folder, number, forks.settings(rows), lambda rows=rows: block(rows)))
+            parts.append(_kept(folder, number, lambda rows=rows: forks.settings(rows), lambda rows=rows: block(rows)))
             bar.update(total * (rows[-1] + 1) // len(job) - bar.n)  # whatever of it was there already
-    apart = sum(forks.unguided_calls(k) for k in ks) + forks.calls(ks)
+    apart = sum(sum(passes_before[:k]) for k in ks) + calls
     return Sweep(
         job.prompts,
         job.seeds,
@@ -551,6 +554,7 @@ def bisect(
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False)
     job, ks = forks.job, list(forks.starts.values())
+    passes = _passes(forks.after, job)
 
     def block(rows: list[int]) -> dict[str, Tensor]:
         prefix, calls = forks.prefix(rows, bar), torch.zeros(len(rows), dtype=torch.long)
@@ -563,13 +567,13 @@ def bisect(
             inside = torch.as_tensor(captured(pictures, [rows[i] for i in open_]), dtype=torch.bool)
             low[open_[inside]] = middle[open_[inside]] + 1
             high[open_[~inside]] = middle[open_[~inside]]
-            calls[open_] += torch.tensor([int(forks.calls([k])) for _, k in chosen])
+            calls[open_] += torch.tensor([sum(passes[k:]) for _, k in chosen])
         return {"captured": low, "calls": prefix.calls + calls}
 
     parts = []
     with tqdm(unit="step", disable=not progress) as bar:
         for number, rows in enumerate(job.blocks(batch_size)):
-            settings = {**forks.settings(rows), "bisection": True}
+            settings = lambda rows=rows: {**forks.settings(rows), "bisection": True}  # noqa: E731
             parts.append(_kept(folder, number, settings, lambda rows=rows: block(rows)))
     found, calls = (torch.cat([p[name] for p in parts]) for name in ("captured", "calls"))
     return Bisection(job.prompts, job.seeds, list(forks.starts), found, calls)
@@ -603,10 +607,15 @@ class _Forks:
         found = start_steps(starts, job.scheduler().timesteps, denoiser.train_timesteps)
         return cls(job, found, before, after, batch_size, measure)
 
+    @cached_property
+    def weights(self) -> str:
+        """Hashed once a job, and only where something is kept."""
+        return self.job.denoiser.fingerprint()
+
     def settings(self, rows: list[int]) -> dict:
         """What a kept block must have been made with."""
         return {
-            "weights": self.job.denoiser.fingerprint(),
+            "weights": self.weights,
             "prompts": [self.job.prompts[i] for i in rows],
             "seeds": [self.job.seeds[i] for i in rows],
             "starts": list(self.starts),
@@ -655,31 +664,23 @@ class _Forks:
                 bar.update(len(running))
         return state.latents.float().cpu()
 
-    def unguided_calls(self, k: int) -> int:
-        """Predictions of a sample in the first ``k`` steps."""
-        return sum(_passes(self.before, self.job, range(k)))
 
-    def calls(self, ks: Sequence[int]) -> Tensor:
-        """Predictions of a sample in forks from each of the steps ``ks``."""
-        passes = list(_passes(self.after, self.job, range(self.job.steps)))
-        return torch.tensor(sum(sum(passes[k:]) for k in ks))
-
-
-def _passes(guidance: BaseGuidance, job: _Job, steps: range) -> Iterator[int]:
-    """How many predictions ``guidance`` asks for at each of ``steps``."""
-    guidance, times = copy.deepcopy(guidance), job.scheduler().timesteps
-    for step in steps:
-        guidance.set_state(step, job.steps, times[step])
-        yield guidance.num_conditions
+def _passes(guidance: BaseGuidance, job: _Job) -> list[int]:
+    """How many predictions ``guidance`` asks for at each step."""
+    guidance, counts = copy.deepcopy(guidance), []
+    for step, t in enumerate(job.scheduler().timesteps):
+        guidance.set_state(step, job.steps, t)
+        counts.append(guidance.num_conditions)
+    return counts
 
 
 def _kept(
-    folder: str | Path | None, number: int, settings: dict, make: Callable[[], dict[str, Tensor]]
+    folder: str | Path | None, number: int, settings: Callable[[], dict], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """What ``make`` gives, from ``folder`` if it is there already, and kept there, whole or not at all."""
     if folder is None:
         return make()
-    path, wanted = Path(folder) / f"{number:03d}.safetensors", json.dumps(settings, sort_keys=True)
+    path, wanted = Path(folder) / f"{number:03d}.safetensors", json.dumps(settings(), sort_keys=True)
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
