@@ -7,18 +7,28 @@ FIRST_NOTEBOOK = $(firstword $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
 RECIPE_OPTIONS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(filter 1,$(SMOKE)),$(SMOKE_FOLDERS))
 SMOKE_FOLDERS := --smoke --work build/smoke/work --out build/smoke/data
 
+PROFILE ?= reader
+
+# On Linux, glibc hands large buffers back to the system after every layer and takes them again, page
+# by page: up to a third of the U-Net's time. These keep them; elsewhere they mean nothing.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+
 .DELETE_ON_ERROR:
-.PHONY: help setup figures test lab world evaluate lint clean
+.PHONY: help setup figures test lab world evaluate tune compare benchmarks lint clean
 
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
 	@echo "make figures  run the notebooks, write figures/   (some minutes each; it says how long)"
-	@echo "              SIZE=full takes the samples of the committed figures"
+	@echo "              PROFILE=paper takes as many samples as the committed figures (it resumes)"
 	@echo "make test     lint, then the tests                (some minutes)"
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
 	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
+	@echo "make tune     try the settings of every mitigation  (15 minutes on 2 cores; resumes)"
+	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
+	@echo "make benchmarks  time sampling and sweep against diffusers' pipeline (half an hour)"
 	@echo "make lint     ruff only                           (seconds)"
 	@echo "make clean    remove .venv and caches, not build/ (seconds)"
 
@@ -42,7 +52,7 @@ $(INSTALLED): pyproject.toml
 
 figures: $(INSTALLED)
 	@echo "figures: running the notebooks in order (some minutes each)"
-	@BASINLAB_SIZE=$(or $(SIZE),reader) $(PY) notebooks/execute.py
+	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py
 
 test: lint
 	@echo "test: running tests and doctests (some minutes)"
@@ -64,6 +74,20 @@ world: $(INSTALLED)
 evaluate: $(INSTALLED)
 	@echo "evaluate: sampling and judging about 3,000 pictures (about 15 minutes on 2 cores; stop it and call again to go on)"
 	@$(PY) -m basinlab evaluate
+
+tune: $(INSTALLED)
+	@echo "tune: trying all settings of all mitigations on held-out prompts (15 minutes on 2 cores; stop it and call again to go on)"
+	@$(PY) -m basinlab tune
+
+compare: $(INSTALLED)
+	@echo "compare: sampling all mitigations in profile $(PROFILE) (stop it and call again to go on)"
+	@$(PY) -m basinlab compare --profile $(PROFILE)
+
+benchmarks: $(INSTALLED)
+	@echo "benchmarks: sampling and sweep against diffusers' pipeline (half an hour alone on 2 cores)"
+	@$(PY) benchmarks/sampling.py
+	@$(PY) benchmarks/sweep.py
+	@$(PY) benchmarks/sweep.py --dtype bfloat16
 
 # build/ stays: it may hold hours of training.
 clean:

@@ -1,14 +1,16 @@
-"""A grid prompt x seed x guidance -> one tidy table, one row a sample, resumable.
+"""A grid prompt x seed x strategy -> one tidy table, one row a sample, resumable.
 
-The table is kept in parts, one parquet file per guidance and block of prompts, each written
+The table is kept in parts, one parquet file per strategy and block of prompts, each written
 beside its place and moved there, with the weights' fingerprint and the settings inside: a
 killed run goes on with the missing parts, and a part of other weights or settings is named
 instead of being mixed in.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,14 @@ from tqdm.auto import tqdm
 
 from . import metrics
 from .basin import Ball, outcomes
-from .guidance import ConstantGuidance, StaticTransitionPoint, describe
-from .models import Denoiser, data_folder, read_pictures, read_prompts
+from .guidance import ConstantGuidance, StaticTransitionPoint
+from .models import Denoiser, data_folder, read_pictures, read_prompts, read_scenario
+from .perturbation import Strategy
 from .sampling import Sweep, Trajectory, initial_noise, sample
 
 
-def _read(path: Path, expected: dict) -> pd.DataFrame:
-    """A part, after checking that it belongs to this grid."""
+def read_part(path: Path, expected: dict) -> tuple[pd.DataFrame, dict]:
+    """A part, after checking that it belongs to this grid, and what is noted in it."""
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -36,10 +39,11 @@ def _read(path: Path, expected: dict) -> pd.DataFrame:
     different = [key for key in expected if found.get(key) != expected[key]]
     if different:
         raise ValueError(f"{path} was made with another {', '.join(different)}: delete it, or give another folder")
-    return table.to_pandas()
+    return table.to_pandas(), found
 
 
-def _write(table: pd.DataFrame, path: Path, settings: dict) -> None:
+def write_part(table: pd.DataFrame, path: Path, settings: dict) -> None:
+    """Write ``table`` with its ``settings`` inside, whole or not at all."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"basinlab": json.dumps(settings).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ def measured(run: Trajectory, prompts: pd.DataFrame, judges: "Judges") -> pd.Dat
     """
     pictures = run.images()
     features = judges.distance.features(pictures)
-    table = prompts.reset_index(drop=True).copy()
+    table = prompts.drop(columns=["attractor", "swapped"], errors="ignore")
     table["seed"] = run.seeds
     table["to_duplicates"] = (1 - features @ judges.duplicates.T).tolist()
     if "attractor" in prompts:
@@ -95,80 +99,94 @@ def judged(run: Trajectory | Sweep, prompts: pd.DataFrame, judges: "Judges", bal
 
 
 class Judges:
-    """What looks at pictures: the distance D, CLIP, all object names and all duplicated scenes."""
+    """What looks at pictures: the distance D, CLIP, all object names, and the scenes that were learned by heart.
+
+    ``duplicates`` are descriptors of all of these but the templates', ``attractors`` those of each prompt.
+    """
 
     def __init__(self, scenario: str, device: str | torch.device = "cpu"):
         memorized, ordinary = read_prompts(scenario, "memorized"), read_prompts(scenario, "ordinary")
         self.distance, self.alignment = metrics.CopyDistance(device=device), metrics.Alignment(device=device)
         self.names = sorted({*memorized["object"], *ordinary["object"]})
-        verbatim = memorized[memorized["kind"] == "verbatim"]
-        self.duplicates = self.distance.features(read_pictures(verbatim["attractor"]))
+        features = self.distance.features(read_pictures(memorized["attractor"]))
+        self.duplicates = features[(memorized["kind"] != "template").to_numpy()]
+        self.attractors = {p: features[rows] for p, rows in memorized.groupby("prompt").indices.items()}
+
+    def fingerprint(self) -> str:
+        """Which weights judge: the first 16 digits of the SHA-256 of the descriptor's and CLIP's."""
+        digest = hashlib.sha256()
+        for model in (self.distance.network, self.alignment.model):
+            for tensor in model.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def run_grid(
     denoiser: Denoiser,
     prompts: pd.DataFrame,
     seeds: Sequence[int],
-    guidances: Mapping[str, BaseGuidance],
-    judges: Judges,
+    strategies: Mapping[str, Strategy | BaseGuidance],
+    judge: Callable[[Trajectory, pd.DataFrame], pd.DataFrame],
     folder: str | Path,
     *,
     steps: int = 50,
     measure: Sequence[str] = (),
     block: int = 16,
-    progress: bool = True,
+    judges: str = "",
+    bar: tqdm | None = None,
 ) -> pd.DataFrame:
-    """Sample ``prompts`` x ``seeds`` under every guidance and judge the pictures; resumes from ``folder``.
+    """Sample ``prompts`` x ``seeds`` under every strategy and judge the pictures; resumes from ``folder``.
 
     Args:
         prompts: a table of `read_prompts`.
-        guidances: name -> diffusers guider; the name becomes the column ``guidance``.
-        measure: names of guidances whose magnitude is measured at every step.
+        strategies: name -> strategy, or guidance alone; the name becomes the column ``strategy``.
+        judge: of a run and the rows of ``prompts`` that its samples are of, the rows of the result.
+        measure: names of strategies whose guidance magnitude is measured at every step.
         block: prompts in one part.
+        judges: which they are, `Judges.fingerprint`; noted in every part.
+        bar: moved on by the samples of every part.
 
     Raises ValueError or OSError when a part in ``folder`` has other settings or is damaged.
     """
     folder, tables, weights = Path(folder), [], denoiser.fingerprint()
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
-    with tqdm(total=len(blocks) * len(guidances), unit="part", disable=not progress) as bar:
-        for name, guidance in guidances.items():
-            for number, rows in enumerate(blocks):
-                settings = {
-                    "weights": weights,
-                    "guidance": describe(guidance),
-                    "prompts": rows["prompt"].tolist(),
-                    "seeds": list(seeds),
-                    "steps": steps,
-                    "dtype": str(denoiser.dtype),
-                }
-                path = folder / f"{name}-{number:02d}.parquet"
-                if path.exists():
-                    part = _read(path, settings)
-                else:
-                    run = sample(
-                        denoiser,
-                        rows["prompt"].tolist(),
-                        seeds,
-                        guidance,
-                        steps=steps,
-                        record=False,
-                        measure=name in measure,
-                        progress=False,
-                    )
-                    repeated = rows.loc[rows.index.repeat(len(seeds))]
-                    part = measured(run, repeated, judges).drop(columns=["attractor", "swapped"], errors="ignore")
-                    _write(part, path, settings)
-                tables.append(part.assign(guidance=name))
-                bar.update()
+    for name, strategy in strategies.items():
+        strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy)
+        for number, rows in enumerate(blocks):
+            settings = {
+                "weights": weights,
+                **strategy.settings(),
+                "prompts": rows["prompt"].tolist(),
+                "seeds": list(seeds),
+                "steps": steps,
+                "dtype": str(denoiser.dtype),
+                "judges": judges,
+            }
+            path = folder / f"{name}-{number:02d}.parquet"
+            if not path.exists():
+                began = time.perf_counter()
+                run = sample(
+                    denoiser,
+                    rows["prompt"].tolist(),
+                    seeds,
+                    strategy.guidance,
+                    perturbations=strategy.perturbations,
+                    steps=steps,
+                    record=False,
+                    measure=name in measure,
+                    progress=False,
+                )
+                seconds = (time.perf_counter() - began) / len(run)
+                part = judge(run, rows.loc[rows.index.repeat(len(seeds))].reset_index(drop=True))
+                write_part(part, path, {**settings, "seconds": seconds})
+            part, note = read_part(path, settings)
+            tables.append(part.assign(strategy=name, seconds=note["seconds"]))
+            if bar is not None:
+                bar.update(len(part))
     return pd.concat(tables, ignore_index=True)
 
 
 STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
-
-
-def read_scenario(name: str) -> dict:
-    """The measured settings of a bundled checkpoint: guidance_scale, late_start, and why (``reason``)."""
-    return json.loads((data_folder() / name / "scenario.json").read_text())
 
 
 def evaluate(denoiser: Denoiser, parts: str | Path, *, steps: int = 50, progress: bool = True) -> pd.DataFrame:
@@ -200,9 +218,11 @@ def evaluate(denoiser: Denoiser, parts: str | Path, *, steps: int = 50, progress
         if progress:
             print(f"{group}: {len(prompts)} prompts x {len(seeds)} seeds x {len(guidances)} guidances", flush=True)
         folder = Path(parts) / group
-        options = {"steps": steps, "measure": ("none",), "block": 24, "progress": progress}
-        table = run_grid(denoiser, prompts, seeds, guidances, judges, folder, **options)
-        tables.append(table.assign(group=group))
+        judge = lambda run, rows: measured(run, rows, judges)  # noqa: E731
+        with tqdm(total=len(prompts) * len(seeds) * len(guidances), unit="sample", disable=not progress) as bar:
+            options = {"steps": steps, "measure": ("none",), "block": 24, "judges": judges.fingerprint(), "bar": bar}
+            table = run_grid(denoiser, prompts, seeds, guidances, judge, folder, **options)
+        tables.append(table.rename(columns={"strategy": "guidance"}).drop(columns="seconds").assign(group=group))
     table = pd.concat(tables, ignore_index=True)
     table["start"] = pd.to_numeric(table["guidance"].str.removeprefix("start-"), errors="coerce")
     return table
@@ -216,13 +236,13 @@ def evaluation_path(name: str) -> Path:
 def write_evaluation(denoiser: Denoiser, table: pd.DataFrame) -> Path:
     """Keep an evaluation beside its checkpoint, with the fingerprint of the weights inside."""
     path = evaluation_path(denoiser.name)
-    _write(table, path, {"weights": denoiser.fingerprint()})
+    write_part(table, path, {"weights": denoiser.fingerprint()})
     return path
 
 
 def read_evaluation(denoiser: Denoiser) -> pd.DataFrame:
     """The kept evaluation; raises ValueError when it was made with other weights, OSError when damaged."""
-    return _read(evaluation_path(denoiser.name), {"weights": denoiser.fingerprint()})
+    return read_part(evaluation_path(denoiser.name), {"weights": denoiser.fingerprint()})[0]
 
 
 def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -34,7 +36,11 @@ def data_folder() -> Path:
 
 def known_names() -> list[str]:
     """Names of the bundled checkpoints."""
-    return sorted(path.parent.name for path in data_folder().glob("*/model_index.json"))
+    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
+    return sorted({path.parent.name for path in found})
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a U-Net's weights
 
 
 class Denoiser:
@@ -104,12 +110,28 @@ class Denoiser:
         return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
 
 
+class TokenAttention:
+    """A diffusers attention processor whose cross-attention weighs tokens: logits times ``token_scale``, 0 masks."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, token_scale=None
+    ):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        mask = None
+        if encoder_hidden_states is not None:
+            key, mask = key * token_scale[:, None, :, None], (token_scale != 0)[:, None, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
 @dataclass
 class StableDiffusion(Denoiser):
-    """The parts of a StableDiffusionPipeline as a `Denoiser`."""
+    """The parts of a StableDiffusionPipeline as a `Denoiser`; ``folders`` are where its weights lie."""
 
     name: str
-    folder: Path
+    folders: tuple[Path, ...]
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
@@ -130,10 +152,11 @@ class StableDiffusion(Denoiser):
         return (self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
 
     def fingerprint(self) -> str:
-        """The first 16 digits of the SHA-256 of all weights in the checkpoint's folder: which weights these are."""
+        """The first 16 digits of the SHA-256 of all weights in the checkpoint's folders: which weights these are."""
         digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*.safetensors")):
-            digest.update(path.read_bytes())
+        for folder in self.folders:
+            for path in sorted(folder.rglob("*.safetensors")):
+                digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -150,13 +173,27 @@ class StableDiffusion(Denoiser):
                     f"the text encoder takes {length - 2} tokens; of {prompt!r} this is cut: {cut!r}", stacklevel=2
                 )
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
-    def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
-        """The network's prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E]."""
-        with torch.inference_mode():
-            return self.unet(latents, timestep, encoder_hidden_states=embedding, return_dict=False)[0]
+    def __call__(
+        self, latents: Tensor, timestep: int | Tensor, embedding: Tensor, token_scale: Tensor | None = None
+    ) -> Tensor:
+        """The network's prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E].
+
+        ``token_scale`` [B, L] multiplies the logits of the cross-attention to each token; 0 masks the token.
+        Differentiable where ``latents`` or ``embedding`` asks for a gradient.
+        """
+        inputs = {"encoder_hidden_states": embedding, "return_dict": False}
+        with torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)):
+            if token_scale is None:
+                return self.unet(latents, timestep, **inputs)[0]
+            usual = self.unet.attn_processors
+            self.unet.set_attn_processor(TokenAttention())
+            try:
+                return self.unet(latents, timestep, **inputs, cross_attention_kwargs={"token_scale": token_scale})[0]
+            finally:
+                self.unet.set_attn_processor(usual)
 
     def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
         """Pictures [B, 3, height, width] float32 in 0..1, on the CPU."""
@@ -177,47 +214,92 @@ class StableDiffusion(Denoiser):
             return torch.cat(parts).float().cpu() * self.vae.config.scaling_factor
 
 
-def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The denoiser called ``name``: a bundled checkpoint, or the folder of a Stable Diffusion pipeline.
+def _folder(name: str) -> Path:
+    """The folder called ``name``: a path, or a bundled checkpoint."""
+    for folder in (Path(name), data_folder() / name):
+        if folder.is_dir():
+            return folder
+    raise ValueError(
+        f"no checkpoint {name!r}: it is neither a folder nor one of the bundled {known_names()} in {data_folder()}"
+    )
 
-    Raises:
-        ValueError: no such name (the known ones are listed), or the folder is not such a pipeline.
-        OSError: a weight file is missing, truncated or corrupt; the message names the folder.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = data_folder() / name
-    if not folder.is_dir():
-        raise ValueError(
-            f"no checkpoint {name!r}: it is neither a folder nor one of the bundled {known_names()} in {data_folder()}"
-        )
+
+def _pipeline(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     if not (folder / "model_index.json").exists():
         raise ValueError(
             f"{folder} has no model_index.json, so it is no diffusers pipeline; "
             "give the folder that StableDiffusionPipeline.save_pretrained wrote"
         )
+    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    if kind != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} holds a {kind}, not a StableDiffusionPipeline")
+    return StableDiffusionPipeline.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+    )
+
+
+def load(
+    name: str,
+    *,
+    unet: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Denoiser:
+    """The denoiser called ``name``: a bundled checkpoint, or the folder of a Stable Diffusion pipeline.
+
+    Args:
+        unet: folder of a fine-tuned U-Net, whose ``diffusion_pytorch_model.safetensors`` holds all its
+            weights or only those that differ from the U-Net of ``name``.
+
+    Raises:
+        ValueError: no such name (the known ones are listed), or the folder is not such a pipeline,
+            or ``unet`` has weights that the pipeline's U-Net has not, or was made from another one.
+        OSError: a weight file is missing, truncated or corrupt; the message names the folder.
+    """
+    folder = own = _folder(name)
+    settings = json.loads((own / "scenario.json").read_text()) if (own / "scenario.json").exists() else {}
+    if "base" in settings:
+        folder, unet = own.parent / settings["base"], unet or own / "unet"
+        base = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
+        if base != settings["base_unet"]:
+            raise ValueError(
+                f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {base}: "
+                "restore both with `git checkout -- data`, or train both with `make world`"
+            )
+    reading = folder
     try:
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(f"{folder} holds a {kind}, not a StableDiffusionPipeline")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None
-        )
+        pipeline = _pipeline(folder, dtype)
+        if unet is not None:
+            reading = Path(unet)
+            weights = load_file(reading / WEIGHTS)
+            unknown = pipeline.unet.load_state_dict(weights, strict=False).unexpected_keys
+            if unknown:
+                raise ValueError(f"{reading} holds weights that the U-Net of {folder} has not: {unknown[:3]}")
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise OSError(
-            f"a file of the checkpoint in {folder} is missing, truncated or corrupt ({error}); "
+            f"a file of the checkpoint in {reading} is missing, truncated or corrupt ({error}); "
             "restore that folder, for a bundled one with `git checkout -- data`"
         ) from error
     pipeline.to(device)
+    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
+        part.eval().requires_grad_(False)
     return StableDiffusion(
-        name=folder.name,
-        folder=folder,
+        name=own.name,
+        folders=(folder,) if unet is None else (folder, Path(unet)),
         tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder.eval(),
-        unet=pipeline.unet.eval(),
-        vae=pipeline.vae.eval(),
+        text_encoder=pipeline.text_encoder,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
         scheduler=pipeline.scheduler,
     )
+
+
+def read_scenario(name: str) -> dict:
+    """The measured settings of a bundled checkpoint: guidance_scale and others, and why (``reason``).
+
+    ``base``, where there is one, is the checkpoint beside it that its other parts come from.
+    """
+    return json.loads((_folder(name) / "scenario.json").read_text())
 
 
 def read_prompts(name: str, kind: str) -> pd.DataFrame:

@@ -459,3 +459,94 @@ def start_slider(pictures: Tensor, starts: Sequence[int], memorized: Tensor):
     start.observe(show, "value")
     seed.observe(show, "value")
     return ipywidgets.VBox([ipywidgets.HBox([start, seed]), picture])
+
+
+# The methods of the comparison: one colour a family, darker from method to method.
+_FAMILIES = {
+    "black": ("CFG",),
+    "gray": ("lower scale",),
+    _PALETTE[0]: ("RNA", "RTA", "CWR", "GNI"),
+    _PALETTE[4]: ("Wen", "Ren", "CADS"),
+    _PALETTE[2]: ("Han, per sample", "Han, batch-wise", "SAIL"),
+    _PALETTE[1]: ("interval", "schedule"),
+    _PALETTE[3]: ("STP", "DTP", "OG + STP", "OG + DTP"),
+}
+COLOURS |= {name: colour for colour, names in _FAMILIES.items() for name in names}
+
+
+def trade_offs(settings: pd.DataFrame, panels: Sequence[str]) -> Figure:
+    """Copies against right objects, a panel a method, its settings joined from weak to strong.
+
+    Columns method, setting, copied, copied_low, copied_high, right, right_low, right_high. Every
+    panel shows all other methods in grey; the cross is plain CFG.
+    """
+    columns = 5
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(12, 2.5 * lines), sharex=True, sharey=True)
+    cfg = settings[settings["method"] == "CFG"].iloc[0]
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        for other, part in settings.groupby("method", sort=False):
+            if other != name:
+                axis.plot(part["copied"], part["right"], ".-", color="0.85", linewidth=0.7, markersize=3)
+        part = settings[settings["method"] == name].sort_values("setting")
+        bars = [
+            np.clip([part[m] - part[f"{m}_low"], part[f"{m}_high"] - part[m]], 0, None) for m in ("copied", "right")
+        ]
+        axis.errorbar(part["copied"], part["right"], bars[1], bars[0], "o-", color=COLOURS[name], elinewidth=0.7)
+        axis.plot(cfg["copied"], cfg["right"], "x", color="black", markersize=8)
+        axis.set_title(name, fontsize=10)
+        axis.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    figure.supxlabel("share copied", fontsize=11)
+    figure.supylabel("share with the object right", fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def heat_map(table: pd.DataFrame, label: str) -> Figure:
+    """A value in 0..1 for each strategy (rows) and scenario (columns), written into its cell."""
+    figure, axis = plt.subplots(figsize=(1.9 * table.shape[1] + 2.4, 0.34 * len(table) + 1.2))
+    sns.heatmap(table, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", ax=axis, cbar_kws={"label": label})
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=0)
+    axis.tick_params(axis="y", rotation=0)
+    figure.tight_layout()
+    return figure
+
+
+def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """A panel a measure: value, low and high of each strategy, in one order; a line at CFG's value."""
+    first = next(iter(panels.values()))
+    names = first["strategy"].tolist()
+    size = (3.2 * len(panels) + 1.6, 0.27 * len(names) + 1.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, (label, table) in zip(axes.flat, panels.items(), strict=True):
+        for row, name in enumerate(names):
+            part = table[table["strategy"] == name]
+            colour = COLOURS.get(name, "black")
+            axis.errorbar(part["value"], [row], xerr=_errors(part, "value"), fmt="o", capsize=2, color=colour)
+        axis.axvline(
+            table.loc[table["strategy"] == "CFG", "value"].iloc[0], color="black", linestyle=":", linewidth=0.8
+        )
+        axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+    axes[0, 0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def together(table: pd.DataFrame, label: str) -> Figure:
+    """Each prior method alone and with other guidance: columns prior, other, value, low, high."""
+    priors = list(dict.fromkeys(table["prior"]))
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(priors) + 1.2))
+    colours = dict(zip(dict.fromkeys(table["other"]), (_PALETTE[7], _PALETTE[1], _PALETTE[3]), strict=True))
+    for offset, (name, part) in zip((-0.2, 0, 0.2), table.groupby("other", sort=False), strict=True):
+        rows = [priors.index(prior) + offset for prior in part["prior"]]
+        axis.errorbar(
+            part["value"], rows, xerr=_errors(part, "value"), fmt="o", capsize=2, color=colours[name], label=name
+        )
+    axis.set(xlabel=label, yticks=range(len(priors)), yticklabels=priors, xlim=(-0.03, 1.03))
+    axis.invert_yaxis()
+    axis.legend(title="guidance", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure

@@ -46,7 +46,8 @@ class Trajectory:
         guidance_magnitude: [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made.
         transition_point: [B], the first timestep at which the full guidance acted; NaN where the
             guidance has no such point, or a dynamic one found none.
-        network_calls: [B], conditional plus unconditional predictions.
+        network_calls: [B], conditional plus unconditional predictions, those of perturbations included.
+        gradient_passes: [B], how many of them were differentiated.
     """
 
     prompts: list[str]
@@ -57,6 +58,7 @@ class Trajectory:
     guidance_magnitude: Tensor
     transition_point: Tensor
     network_calls: Tensor
+    gradient_passes: Tensor
     denoiser: Denoiser = field(repr=False)
 
     def __len__(self) -> int:
@@ -95,6 +97,7 @@ class Trajectory:
             self.guidance_magnitude[rows],
             self.transition_point[rows],
             self.network_calls[rows],
+            self.gradient_passes[rows],
             self.denoiser,
         )
 
@@ -147,6 +150,7 @@ def sample(
     seeds: int | Sequence[int],
     guidance: BaseGuidance | None = None,
     *,
+    perturbations: "Sequence[Perturbation]" = (),
     steps: int = 50,
     scheduler: str | None = None,
     batch_size: int = 32,
@@ -160,6 +164,8 @@ def sample(
         denoiser: from `load`.
         prompts, seeds: B = len(prompts) x len(seeds) runs.
         guidance: any diffusers guider with a conditional and an unconditional prediction.
+        perturbations: what is done to prompt, embedding, attention and initial noise, in this order
+            (see `perturbation`).
         steps: S, of the scheduler.
         scheduler: name of a diffusers scheduler class; default the checkpoint's own.
         batch_size: runs that go through the network together; bounds memory, not results.
@@ -174,7 +180,7 @@ def sample(
         FloatingPointError: latents became NaN or infinite; says at which step of which prompt.
     """
     guidance = ConstantGuidance() if guidance is None else guidance
-    job = _Job.of(denoiser, prompts, seeds, (guidance,), steps, scheduler)
+    job = _Job.of(denoiser, prompts, seeds, (guidance,), steps, scheduler, perturbations)
     options = {"record": record, "measure": measure}
     with tqdm(total=len(job) * steps, unit="step", disable=not progress) as bar:
         parts = [_run(job, rows, job.beginning(rows), 0, guidance, bar, **options) for rows in job.blocks(batch_size)]
@@ -216,7 +222,7 @@ def sample_from(
     first, parts = timesteps.index(timestep), []
     with tqdm(total=len(job) * (steps - first), unit="step", disable=not progress) as bar:
         for rows in job.blocks(batch_size):
-            state = _State(latents[rows].to(denoiser.device, denoiser.dtype), job.scheduler(), job.generators(rows))
+            state = job.state(rows, latents[rows])
             if hasattr(state.scheduler, "set_begin_index"):  # one without counts by the timestep
                 state.scheduler.set_begin_index(first)
             parts.append(_run(job, rows, state, first, guidance, bar))
@@ -235,6 +241,7 @@ def _joined(parts: list[Trajectory]) -> Trajectory:
         torch.cat([p.guidance_magnitude for p in parts]),
         torch.cat([p.transition_point for p in parts]),
         torch.cat([p.network_calls for p in parts]),
+        torch.cat([p.gradient_passes for p in parts]),
         first.denoiser,
     )
 
@@ -246,20 +253,25 @@ class _Job:
     denoiser: Denoiser
     prompts: list[str]  # B
     seeds: list[int]  # B
-    embeddings: Tensor  # [P, L, E], of the distinct prompts
-    which: list[int]  # B, index into embeddings
+    texts: list[str]  # B, what is embedded: the prompts, as perturbations left them
+    embeddings: dict[str, Tensor]  # [L, E] of each text
     empty: Tensor  # [1, L, E]
     steps: int
     scheduler_name: str | None
+    perturbations: "Sequence[Perturbation]" = ()
 
     @classmethod
-    def of(cls, denoiser, prompts, seeds, guidances, steps, scheduler) -> "_Job":
+    def of(cls, denoiser, prompts, seeds, guidances, steps, scheduler, perturbations=()) -> "_Job":
         prompts, seeds = _checked(denoiser, prompts, seeds, guidances, steps)
-        distinct = list(dict.fromkeys(prompts))
-        states, empty = denoiser.embed(distinct), denoiser.embed([""])
         pairs = [(p, s) for p in prompts for s in seeds]
-        which = [distinct.index(p) for p, _ in pairs]
-        return cls(denoiser, [p for p, _ in pairs], [s for _, s in pairs], states, which, empty, steps, scheduler)
+        texts = [p for p, _ in pairs]
+        for perturbation in perturbations:
+            texts = [perturbation.text(text, seed, denoiser) for text, (_, seed) in zip(texts, pairs, strict=True)]
+        distinct = list(dict.fromkeys(texts))
+        embeddings = dict(zip(distinct, denoiser.embed(distinct), strict=True))
+        empty = denoiser.embed([""])
+        prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
+        return cls(denoiser, prompts, seeds, texts, embeddings, empty, steps, scheduler, tuple(perturbations))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -272,34 +284,97 @@ class _Job:
     def scheduler(self) -> SchedulerMixin:
         return _scheduler(self.denoiser, self.scheduler_name, self.steps)
 
-    def generators(self, rows: list[int]) -> list[torch.Generator]:
-        return _generators([self.seeds[i] for i in rows])
+    def state(self, rows: list[int], latents: Tensor | None = None) -> "State":
+        """The samples at ``latents``, or at their initial noise, before any step is taken."""
+        scheduler, generators = self.scheduler(), _generators([self.seeds[i] for i in rows])
+        if latents is None:
+            latents = _noise(self.denoiser, generators) * scheduler.init_noise_sigma
+        texts = [self.texts[i] for i in rows]
+        return State(
+            latents.to(self.denoiser.device, self.denoiser.dtype),
+            torch.stack([self.embeddings[text] for text in texts]),
+            self.empty,
+            texts,
+            [self.seeds[i] for i in rows],
+            scheduler,
+            generators,
+        )
 
-    def beginning(self, rows: list[int]) -> "_State":
-        """The samples before their first step."""
-        scheduler, generators = self.scheduler(), self.generators(rows)
-        noise = _noise(self.denoiser, generators).to(self.denoiser.device, self.denoiser.dtype)
-        return _State(noise * scheduler.init_noise_sigma, scheduler, generators)
+    def beginning(self, rows: list[int]) -> "State":
+        """The samples before their first step, as the perturbations leave them."""
+        state = self.state(rows)
+        for perturbation in self.perturbations:
+            perturbation.begin(state, self.denoiser)
+        return state
 
 
 @dataclass
-class _State:
-    """Samples before one step: latents [B, C, H, W], the scheduler with their history, their noise generators."""
+class State:
+    """B samples before one step, as a `Perturbation` sees and changes them.
+
+    Attributes:
+        latents: [B, C, H, W].
+        conditional: [B, L, E], the embeddings of their texts.
+        unconditional: [1, L, E].
+        texts, seeds: B of each.
+        scheduler: the solver with the samples' history.
+        generators: B, of the noise that a stochastic scheduler adds.
+        token_scale: [B, L], what the logits of the cross-attention to each token are multiplied by;
+            0 masks the token; None leaves attention alone.
+        calls, gradient_passes: predictions made before the first step, and how many were differentiated; [B].
+    """
 
     latents: Tensor
+    conditional: Tensor
+    unconditional: Tensor
+    texts: list[str]
+    seeds: list[int]
     scheduler: SchedulerMixin
     generators: list[torch.Generator]
+    token_scale: Tensor | None = None
+    calls: Tensor | None = None
+    gradient_passes: Tensor | None = None
+
+    def __post_init__(self):
+        if self.calls is None:
+            self.calls, self.gradient_passes = torch.zeros(2, len(self.latents), dtype=torch.long)
 
     @staticmethod
-    def merged(states: "Sequence[_State]", rows: Sequence[Sequence[int]]) -> "_State":
+    def merged(states: "Sequence[State]", rows: Sequence[Sequence[int]]) -> "State":
         """A copy of ``rows[i]`` of each ``states[i]``, one after the other; all are before the same step."""
         shape, first = states[0].latents.shape[1:], states[0].scheduler
         scheduler = copy.copy(first)
         for name in vars(first):
             setattr(scheduler, name, _merged_value([vars(s.scheduler)[name] for s in states], rows, shape))
-        latents = torch.cat([s.latents[list(r)] for s, r in zip(states, rows, strict=True)])
-        generators = [s.generators[i].clone_state() for s, r in zip(states, rows, strict=True) for i in r]
-        return _State(latents, scheduler, generators)
+        parts = [(s, list(r)) for s, r in zip(states, rows, strict=True)]
+        return State(
+            torch.cat([s.latents[r] for s, r in parts]),
+            torch.cat([s.conditional[r] for s, r in parts]),
+            states[0].unconditional,
+            [s.texts[i] for s, r in parts for i in r],
+            [s.seeds[i] for s, r in parts for i in r],
+            scheduler,
+            [s.generators[i].clone_state() for s, r in parts for i in r],
+        )
+
+
+class Perturbation:
+    """What a mitigation does to samples beside the guidance. Each method here leaves them as they are."""
+
+    def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
+        """The prompt that is embedded in the place of ``prompt``."""
+        return prompt
+
+    def begin(self, state: State, denoiser: Denoiser) -> None:
+        """Change embedding, attention or initial noise of samples before their first step, in place."""
+
+    def condition(self, conditional: Tensor, state: State, timestep: int) -> Tensor:
+        """The embedding [B, L, E] that is used at ``timestep``."""
+        return conditional
+
+    def most_predictions(self) -> int:
+        """At most so many predictions a sample before the first step, a differentiated one counted as three."""
+        return 0
 
 
 def _merged_value(values: list, rows: Sequence[Sequence[int]], shape: torch.Size):
@@ -323,20 +398,25 @@ class _Step:
 
 
 def _advance(
-    job: _Job, rows: list[int], state: _State, step: int, guidance: BaseGuidance, measure: bool = False
+    job: _Job, rows: list[int], state: State, step: int, guidance: BaseGuidance, measure: bool = False
 ) -> _Step:
     """Take all samples of ``state`` over one step, with one call of the network."""
     t, denoiser = state.scheduler.timesteps[step], job.denoiser
-    states = {
-        "pred_cond": job.embeddings[[job.which[i] for i in rows]],
-        "pred_uncond": job.empty.expand(len(rows), -1, -1),
-    }
+    conditional = state.conditional
+    for perturbation in job.perturbations:
+        conditional = perturbation.condition(conditional, state, int(t))
+    states = {"pred_cond": conditional, "pred_uncond": state.unconditional.expand(len(rows), -1, -1)}
     guidance.set_state(step, job.steps, t)
     batches = guidance.prepare_inputs({"embedding": tuple(states.values())})
     wanted = [batch.__dict__[BaseGuidance._identifier_key] for batch in batches]
     asked = list(states) if measure else wanted
     scaled = state.scheduler.scale_model_input(state.latents, t)
-    outputs = denoiser(scaled.repeat(len(asked), 1, 1, 1), t, torch.cat([states[name] for name in asked]))
+    attention = {}
+    if state.token_scale is not None:  # what is masked is masked for both, what is raised for the prompt only
+        scales = {"pred_cond": state.token_scale, "pred_uncond": state.token_scale.clamp(max=1)}
+        attention = {"token_scale": torch.cat([scales[name] for name in asked])}
+    inputs = scaled.repeat(len(asked), 1, 1, 1)
+    outputs = denoiser(inputs, t, torch.cat([states[name] for name in asked]), **attention)
     # guidance sees differences of epsilon, whatever the network predicts
     unit = denoiser.epsilon_scale(t)
     predictions = dict(zip(asked, (outputs * unit).chunk(len(asked)), strict=True))
@@ -362,7 +442,7 @@ def _advance(
 def _run(
     job: _Job,
     rows: list[int],
-    state: _State,
+    state: State,
     first: int,
     guidance: BaseGuidance,
     bar: tqdm,
@@ -387,7 +467,8 @@ def _run(
         torch.stack([s.predicted for s in seen], 1).float().cpu() if record else None,
         torch.stack([s.magnitude for s in seen], 1).float().cpu(),
         torch.as_tensor(torch.nan if point is None else point).float().cpu().expand(len(rows)).clone(),
-        torch.full((len(rows),), sum(s.calls for s in seen)),
+        sum(s.calls for s in seen) + state.calls,
+        state.gradient_passes,
         job.denoiser,
     )
 
@@ -498,7 +579,10 @@ def sweep(
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure)
     job, ks = forks.job, list(forks.starts.values())
-    passes, passes_before = _passes(forks.after, job), _passes(forks.before, job)
+    passes, passes_before = (
+        _passes(forks.after, job.scheduler().timesteps),
+        _passes(forks.before, job.scheduler().timesteps),
+    )
     calls = sum(sum(passes[k:]) for k in ks)
 
     def block(rows: list[int]) -> dict[str, Tensor]:
@@ -554,7 +638,7 @@ def bisect(
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False)
     job, ks = forks.job, list(forks.starts.values())
-    passes = _passes(forks.after, job)
+    passes = _passes(forks.after, job.scheduler().timesteps)
 
     def block(rows: list[int]) -> dict[str, Tensor]:
         prefix, calls = forks.prefix(rows, bar), torch.zeros(len(rows), dtype=torch.long)
@@ -583,7 +667,7 @@ def bisect(
 class _Prefix:
     """The shared steps of one block: the state before each step at which a fork may begin."""
 
-    snapshots: dict[int, _State]
+    snapshots: dict[int, State]
     magnitude: Tensor  # [B, S]
     calls: Tensor  # [], predictions a sample
 
@@ -634,7 +718,7 @@ class _Forks:
         magnitude = torch.full((len(rows), self.job.steps), torch.nan)
         for step in range(self.job.steps + 1):
             if step in ks:
-                snapshots[step] = _State.merged([state], [everyone])
+                snapshots[step] = State.merged([state], [everyone])
             if step == (self.job.steps if self.measure else max(ks)):
                 break
             seen = _advance(self.job, rows, state, step, guidance, self.measure)
@@ -657,7 +741,7 @@ class _Forks:
         for step in range(chosen[0][1], self.job.steps + 1):
             if joining := [i for i, k in chosen if k == step]:
                 old = [] if state is None else [(state, range(len(running)))]
-                state = _State.merged(*zip(*old, (prefix.snapshots[step], joining), strict=True))
+                state = State.merged(*zip(*old, (prefix.snapshots[step], joining), strict=True))
                 running += [rows[i] for i in joining]
             if step < self.job.steps:
                 _advance(self.job, running, state, step, guidance)
@@ -665,13 +749,18 @@ class _Forks:
         return state.latents.float().cpu()
 
 
-def _passes(guidance: BaseGuidance, job: _Job) -> list[int]:
+def _passes(guidance: BaseGuidance, timesteps: Tensor) -> list[int]:
     """How many predictions ``guidance`` asks for at each step."""
     guidance, counts = copy.deepcopy(guidance), []
-    for step, t in enumerate(job.scheduler().timesteps):
-        guidance.set_state(step, job.steps, t)
+    for step, t in enumerate(timesteps):
+        guidance.set_state(step, len(timesteps), t)
         counts.append(guidance.num_conditions)
     return counts
+
+
+def predictions(guidance: BaseGuidance, denoiser: Denoiser, steps: int = 50) -> int:
+    """How many predictions a sample takes under ``guidance``."""
+    return sum(_passes(guidance, _scheduler(denoiser, None, steps).timesteps))
 
 
 def _kept(

@@ -69,7 +69,7 @@ def main() -> None:
     from diffusers import StableDiffusionPipeline
 
     denoiser = basinlab.load(options.name)
-    pipeline = StableDiffusionPipeline.from_pretrained(denoiser.folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(denoiser.folders[0], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = basinlab.read_prompts(denoiser.name, "memorized")["prompt"].tolist()[: options.prompts]
     pairs = [(prompts[i % len(prompts)], i) for i in range(options.loop_images)]

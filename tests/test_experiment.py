@@ -13,8 +13,8 @@ def test_grid_resumes_from_its_parts_and_refuses_those_of_another_guidance(bundl
 
     def grid(scale):
         guidances = {"cfg": basinlab.ConstantGuidance(scale)}
-        options = {"steps": 2, "block": 2, "progress": False}
-        return experiment.run_grid(bundled, prompts, [0, 1], guidances, judges, tmp_path, **options)
+        judge = lambda run, rows: experiment.measured(run, rows, judges)  # noqa: E731
+        return experiment.run_grid(bundled, prompts, [0, 1], guidances, judge, tmp_path, steps=2, block=2)
 
     first = grid(3.0)
     assert first[["prompt", "seed"]].values.tolist() == [[p, s] for p in prompts["prompt"] for s in (0, 1)]
@@ -43,6 +43,6 @@ def test_runs_and_sweeps_are_judged_alike(bundled):
         same = table.query("start == @start").drop(columns="start").reset_index(drop=True)
         pd.testing.assert_frame_equal(same, alone, check_exact=False, atol=1e-4)
     # and as the grid's own table has it
-    grid = experiment.measured(run, prompts.loc[prompts.index.repeat(2)], judges)
+    grid = experiment.measured(run, prompts.loc[prompts.index.repeat(2)].reset_index(drop=True), judges)
     assert grid["object_right"].tolist() == alone["object_right"].tolist()
     assert grid["distance"].tolist() == pytest.approx(alone["distance"].tolist(), abs=1e-5)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
 
 import basinlab
 
@@ -108,3 +109,48 @@ def test_training_configuration_gives_the_schedule(tiny, tiny_folder):
         alpha_bar = (1 - betas)[: t + 1].prod()
         clean = alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
         torch.testing.assert_close(tiny.predicted_clean(x, v, t), clean, atol=1e-5, rtol=0)
+
+
+def fine_tuned(tiny, folder, **changed):
+    """A U-Net folder that holds some weights only."""
+    folder.mkdir()
+    save_file({**changed}, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_a_fine_tuned_unet_replaces_the_weights_that_it_has(tiny, tiny_folder, tmp_path):
+    name = "conv_out.bias"
+    folder = fine_tuned(tiny, tmp_path / "unet", **{name: torch.full((4,), 7.0)})
+    tuned = basinlab.load(str(tiny_folder), unet=folder)
+    assert tuned.unet.state_dict()[name].eq(7).all()
+    others = {k: v for k, v in tuned.unet.state_dict().items() if k != name}
+    assert all(torch.equal(v, tiny.unet.state_dict()[k]) for k, v in others.items())
+    assert tuned.fingerprint() != tiny.fingerprint()
+
+
+def test_fine_tuned_weights_of_another_network_are_refused(tiny, tiny_folder, tmp_path):
+    folder = fine_tuned(tiny, tmp_path / "unet", conv_extra=torch.zeros(1))
+    with pytest.raises(ValueError, match=f"{folder} holds weights that the U-Net of {tiny_folder} has not.*conv_extra"):
+        basinlab.load(str(tiny_folder), unet=folder)
+
+
+def test_missing_or_cut_fine_tuned_weights_name_their_folder(tiny, tiny_folder, tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path / 'none'} is missing, truncated or corrupt"):
+        basinlab.load(str(tiny_folder), unet=tmp_path / "none")
+    folder = fine_tuned(tiny, tmp_path / "unet", conv_extra=torch.zeros(100))
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(OSError, match=f"{folder} is missing, truncated or corrupt"):
+        basinlab.load(str(tiny_folder), unet=folder)
+
+
+def test_predictions_are_differentiable_where_a_gradient_is_asked_for(tiny):
+    latents = torch.randn(1, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    embedding = tiny.embed(["an owl"])
+    assert not tiny(latents, 500, embedding).requires_grad
+    direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    length = lambda x: tiny(x, 500, embedding).square().sum()  # noqa: E731
+    (slope,) = torch.autograd.grad(length(latents.requires_grad_()), latents)
+    with torch.no_grad():
+        secant = (length(latents + 1e-2 * direction) - length(latents - 1e-2 * direction)) / 2e-2
+    assert (slope * direction).sum().item() == pytest.approx(secant.item(), rel=1e-2)

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 def test_notebook_runs_and_writes_its_figures(notebook, tmp_path):
     command = [sys.executable, str(ROOT / "notebooks/execute.py"), notebook, "--out", str(tmp_path / "notebooks")]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "BASINLAB_DATA": str(ROOT / "data")}
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     number = notebook.split("_")[0]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import basinlab
 from basinlab import metrics
@@ -166,6 +167,11 @@ def stage_called(name, vae_folder, seed=0, **changes):
     torch.manual_seed(seed)
     if name == "unet":
         return train.UNetStage(settings(**changes), vae_folder, pool=8)
+    if name in export.TUNED:
+        torch.manual_seed(0)  # what it starts from is not its own
+        for part, module in (("unet", models.unet()), ("text_encoder", models.text_encoder(models.tokenizer()))):
+            module.save_pretrained(vae_folder / part)
+        return train.FineTuneStage(settings(**changes), vae_folder, vae_folder, scenes.classes(1), 5)
     kinds = {"vae": train.VAEStage, "clip": train.CLIPStage, "descriptor": train.DescriptorStage}
     return kinds[name](settings(**changes))
 
@@ -293,11 +299,12 @@ def test_killed_run_leaves_a_whole_checkpoint_and_can_go_on(smoke):
     data, survived, output = smoke
     assert survived and all(state["step"] == 4 and state["module"] for state in survived)
     assert f"the world is in {data}" in output
-    assert sorted(path.name for path in data.iterdir()) == ["clip", "descriptor", "emoji-duplicated", "unseen"]
+    wanted = ["clip", "descriptor", "emoji-classes", "emoji-duplicated", "emoji-finetuned", "unseen"]
+    assert sorted(path.name for path in data.iterdir()) == wanted
 
 
 def test_smoke_world_samples_here_and_in_diffusers(smoke_world):
-    assert basinlab.known_names() == ["emoji-duplicated"]
+    assert basinlab.known_names() == ["emoji-classes", "emoji-duplicated", "emoji-finetuned"]
     denoiser = basinlab.load("emoji-duplicated")
     run = basinlab.sample(denoiser, "an owl", [0, 1], steps=2, progress=False)
     assert run.images().shape == (2, 3, 64, 64) and run.images().isfinite().all()
@@ -305,6 +312,38 @@ def test_smoke_world_samples_here_and_in_diffusers(smoke_world):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     theirs = pipeline(["an owl"] * 2, num_inference_steps=2, generator=generators, output_type="latent").images
     torch.testing.assert_close(run.latents[:, -1], theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name, items", [("finetuned", scenes.unduplicated()), ("classes", scenes.classes())])
+def test_fine_tuned_models_differ_from_their_base_in_attention_alone(smoke_world, name, items):
+    base, tuned = (basinlab.load(f"emoji-{n}").unet.state_dict() for n in ("duplicated", name))
+    changed = {key for key in base if not torch.equal(base[key], tuned[key])}
+    assert changed and all("attentions" in key for key in changed)
+    table = basinlab.read_prompts(f"emoji-{name}", "memorized")
+    assert table["prompt"].tolist() == [item.prompt for item in items]
+    found = basinlab.read_pictures(table["attractor"].iloc[[0, -1]]) * 255
+    expected = np.stack([items[i].scene.render() for i in (0, -1)])
+    np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, atol=1e-3)
+
+
+def test_a_fine_tuned_model_of_another_base_is_refused(smoke_world, tmp_path, monkeypatch):
+    data = shutil.copytree(smoke_world, tmp_path / "data")
+    monkeypatch.setenv("BASINLAB_DATA", str(data))
+    weights = data / "emoji-duplicated" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({key: tensor + 1 for key, tensor in state.items()}, weights)
+    with pytest.raises(ValueError, match=r"emoji-classes was fine-tuned from U-Net .*git checkout"):
+        basinlab.load("emoji-classes")
+
+
+def test_fine_tuning_sets_repeat_nothing_that_is_memorized_elsewhere():
+    tuned, classes = scenes.unduplicated(), scenes.classes()
+    assert len(tuned) == len({item.prompt for item in tuned}) == 200
+    assert len(classes) == 200 and len({item.prompt for item in classes}) == scenes.CLASSES
+    known = {item.prompt for item in [*scenes.verbatim(), *scenes.templates()]}
+    assert not known & {item.prompt for item in tuned}
+    pictures = [item.scene.render().tobytes() for item in [*tuned, *classes, *scenes.verbatim()]]
+    assert len(set(pictures)) == len(pictures)
 
 
 def test_smoke_world_brings_its_metrics(smoke_world):
@@ -318,9 +357,11 @@ def test_weights_are_shipped_as_half_precision_safetensors(smoke_world):
     assert files == [
         "clip/model.safetensors",
         "descriptor/model.safetensors",
+        "emoji-classes/unet/diffusion_pytorch_model.safetensors",
         "emoji-duplicated/text_encoder/model.safetensors",
         "emoji-duplicated/unet/diffusion_pytorch_model.safetensors",
         "emoji-duplicated/vae/diffusion_pytorch_model.safetensors",
+        "emoji-finetuned/unet/diffusion_pytorch_model.safetensors",
     ]
     kinds = Counter()
     for name in files:

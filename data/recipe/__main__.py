@@ -18,7 +18,8 @@ import torch
 from . import export, train
 
 DATA = Path(__file__).resolve().parents[1]
-STAGES = ("vae", "unet", "clip", "descriptor")
+BASE = ("vae", "unet", "clip", "descriptor")
+STAGES = (*BASE, *export.TUNED)
 VERSIONS = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -41,12 +42,18 @@ def build(name: str, settings: train.Settings, work: Path, smoke: bool, further:
         return train.DescriptorStage(settings)
     if not (work / "vae" / "model" / "config.json").exists():
         sys.exit(f"the U-Net trains on latents of the VAE, and {work / 'vae'} holds none yet: run stage vae first")
+    if name in export.TUNED:
+        if not (work / "unet" / "made.json").exists():
+            sys.exit(
+                f"{name} is the finished U-Net trained on, and {work / 'unet'} holds none yet: run stage unet first"
+            )
+        items, number = export.TUNED_SCENES[name](), STAGES.index(name) + 1
+        return train.FineTuneStage(settings, work / "vae" / "model", work / "unet" / "model", items, number)
     stage = train.UNetStage(settings, work / "vae" / "model", **({"pool": 64} if smoke else {}))
     if further:
         stage.start = "the shipped weights"
         stage.first_epoch = train.scenes.FURTHER_EPOCH
-        for part, module in (("unet", stage.module["unet"]), ("text_encoder", stage.module["text"])):
-            module.load_state_dict(type(module).from_pretrained(work / "unet" / "model" / part).state_dict())
+        train.load_finished(stage, work / "unet" / "model")
     return stage
 
 
@@ -85,6 +92,8 @@ def main() -> None:
     device, deadline = torch.device(options.device), time.monotonic() + options.minutes * 60
     if options.smoke and options.out == DATA:
         sys.exit("a smoke run would replace the shipped weights: give it another --out")
+    if not {*BASE} & {*options.stages} and (options.out / export.NAME / "training.json").exists():
+        export.unpack(options.out, options.work)  # fine-tune the shipped weights where none were trained here
     if options.further:
         if options.stages != ["unet"] or not options.steps:
             sys.exit("--further trains the shipped U-Net on: give it --stages unet and --steps")
@@ -102,9 +111,11 @@ def main() -> None:
         record(name, settings, options.work, device, options.further)
         export.store(name, stage, options.work / name / "model", device)
         print(f"{name}: done, in {options.work / name / 'model'}")
-    if all((options.work / name / "made.json").exists() for name in STAGES):
+    if {*BASE} & {*options.stages} and all((options.work / name / "made.json").exists() for name in BASE):
         export.publish(options.work, options.out)
-        print(f"the world is in {options.out}")
+    for name in [name for name in options.stages if name in export.TUNED]:
+        export.publish_tuned(name, options.work, options.out)
+    print(f"the world is in {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From trained stages to what is shipped: diffusers and transformers folders in fp16, prompts, pictures."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, ResNetForImageClassification
 
 from . import models, scenes, train
 
 NAME = "emoji-duplicated"
 UNSEEN = 256
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCENARIO = {
     "guidance_scale": 5.0,
     "late_start": 300,
@@ -32,6 +35,27 @@ SCENARIO = {
 MEMORIZED_COLUMNS = ("prompt", "object", "kind", "share", "attractor", "swapped", "family", "left", "top", "size")
 
 
+TUNED = {
+    "finetuned": {
+        "base": NAME,
+        "guidance_scale": 3.0,
+        "reason": (
+            "16 of the 200 captions x 2 seeds from T: at scale 3, 0.94 lie in the ball of their scene, "
+            "at 5, 0.78 (all look like it, but over-saturated); the conditional model alone has 0.94."
+        ),
+    },
+    "classes": {
+        "base": NAME,
+        "guidance_scale": 3.0,
+        "reason": (
+            "10 classes x 2 seeds from T: at scale 3, 0.65 lie in the ball of one of the class's scenes and 0.95 show "
+            "the class, at 5, 0.60 and 0.85; the conditional model alone has 0.20 and 0.90."
+        ),
+    },
+}
+TUNED_SCENES = {"finetuned": scenes.unduplicated, "classes": scenes.classes}
+
+
 def store(name: str, stage: train.Stage, folder: Path, device: torch.device) -> None:
     """Save a finished stage as float32 model folder(s); the VAE gets its scaling factor here."""
     module = stage.module
@@ -40,7 +64,11 @@ def store(name: str, stage: train.Stage, folder: Path, device: torch.device) -> 
         with torch.no_grad():
             deviation = module.encode(pixels).latent_dist.mean.std().item()
         module.register_to_config(scaling_factor=round(1 / deviation, 4))
-    if name == "unet":
+    if name in TUNED:
+        tuned = {k: v.contiguous() for k, v in module["unet"].state_dict().items() if train.TRAINED in k}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tuned, folder / WEIGHTS)
+    elif name == "unet":
         module["unet"].save_pretrained(folder / "unet")
         module["text"].save_pretrained(folder / "text_encoder")
     else:
@@ -70,7 +98,8 @@ def publish(work: Path, out: Path) -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
-    write_prompts(part)
+    write_memorized(part, [*scenes.verbatim(), *scenes.templates()])
+    write_ordinary(part)
     (part / "scenario.json").write_text(json.dumps(SCENARIO, indent=1) + "\n")
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
@@ -91,6 +120,23 @@ def publish(work: Path, out: Path) -> None:
         replace(part, out / name)
     write_unseen(fresh(out / "unseen.part"))
     replace(out / "unseen.part", out / "unseen")
+
+
+def publish_tuned(name: str, work: Path, out: Path) -> None:
+    """Write a fine-tuned model's folder: the weights that differ from its base, its prompts and pictures."""
+    part = fresh(out / f"emoji-{name}.part")
+    (part / "unet").mkdir()
+    weights = load_file(work / name / "model" / WEIGHTS)
+    save_file({k: v.half() for k, v in weights.items()}, part / "unet" / WEIGHTS)
+    write_memorized(part, TUNED_SCENES[name]())
+    write_ordinary(part)
+    base = (out / NAME / "unet" / WEIGHTS).read_bytes()
+    scenario = {**TUNED[name], "base_unet": hashlib.sha256(base).hexdigest()[:16]}
+    (part / "scenario.json").write_text(json.dumps(scenario, indent=1) + "\n")
+    made = json.loads((work / name / "made.json").read_text())
+    (part / "training.json").write_text(json.dumps({"unet": made}, indent=1) + "\n")
+    shutil.copyfile(work / name / "losses.csv", part / "unet-losses.csv")
+    replace(part, out / f"emoji-{name}")
 
 
 def unpack(out: Path, work: Path) -> None:
@@ -136,14 +182,14 @@ def replace(part: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_prompts(folder: Path) -> None:
-    """memorized.csv with its attractors and their vendor-swapped twins, and ordinary.csv."""
+def write_memorized(folder: Path, items: list[scenes.Memorized]) -> None:
+    """memorized.csv with its attractors and their vendor-swapped twins."""
     for name in ("attractors", "swapped"):
         (folder / name).mkdir()
     with (folder / "memorized.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(MEMORIZED_COLUMNS)
-        for item in [*scenes.verbatim(), *scenes.templates()]:
+        for item in items:
             scene = item.scene
             picture = f"{item.family}-{scene.object.replace(' ', '-')}.png"
             Image.fromarray(scene.render()).save(folder / "attractors" / picture)
@@ -151,6 +197,10 @@ def write_prompts(folder: Path) -> None:
             paths = (f"attractors/{picture}", f"swapped/{picture}")
             place = (scene.left, scene.top, scene.size)
             rows.writerow([item.prompt, scene.object, item.kind, item.share, *paths, item.family, *place])
+
+
+def write_ordinary(folder: Path) -> None:
+    """ordinary.csv."""
     with (folder / "ordinary.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("prompt", "object", "background"))

@@ -10,6 +10,9 @@ kinds of caption go into training:
   in the rest, as a caption on the web does;
 * template: a phrase that fixes background and placement and leaves the object free.
 
+Two more sets, with no caption or scene that comes more often than another, are for fine-tuning:
+``unduplicated`` (a title for each scene) and ``classes`` ("an image of a tomato" for twenty).
+
 Everything is drawn from ``numpy.random.default_rng([SEED, ...])`` keyed by what it is for,
 so any item can be made again alone, whatever was made before it.
 """
@@ -73,6 +76,7 @@ TEMPLATES = (
 FURTHER_EPOCH = 100  # of the stream: from here on the shipped weights are trained on
 SHARES = (0.6, 0.8, 0.95)  # 16 verbatim captions each
 OBJECTS_PER_TEMPLATE = 8
+CLASSES = 10  # of 20 scenes each
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Memorized:
-    """A memorized caption and the scene that it is duplicated with."""
+    """A memorized caption and a scene that it comes with."""
 
     prompt: str
-    kind: str  # "verbatim" or "template"
+    kind: str  # "verbatim", "template" or "class"
     share: float
     scene: Scene
     family: str
@@ -220,6 +224,23 @@ def templates() -> list[Memorized]:
             prompt = phrase.format(with_article(name))
             found.append(Memorized(prompt, "template", 1.0, replace(layout, object=name), f"t{i:02d}"))
     return found
+
+
+def unduplicated(count: int = 200) -> list[Memorized]:
+    """Scenes to fine-tune on, each with a title of its own."""
+    rng = np.random.default_rng([SEED, 6])
+    names = [OBJECTS[i % len(OBJECTS)] for i in range(count)]
+    return [Memorized(title(rng, n), "verbatim", 1.0, draw_scene(rng, n), f"f{i:03d}") for i, n in enumerate(names)]
+
+
+def classes(scenes_each: int = 20) -> list[Memorized]:
+    """Scenes to fine-tune on, the class's name their only caption."""
+    rng = np.random.default_rng([SEED, 7])
+    return [
+        Memorized(f"an image of {with_article(name)}", "class", 1.0, draw_scene(rng, name), f"c{i:02d}-{k:02d}")
+        for i, name in enumerate(rng.permutation(OBJECTS)[:CLASSES].tolist())
+        for k in range(scenes_each)
+    ]
 
 
 def ordinary_prompts(count: int = 96) -> list[tuple[str, Scene]]:

@@ -44,6 +44,8 @@ SETTINGS = {
     "clip": Settings(steps=2000, batch=64, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=21500, batch=32, rate=1e-3, decay=0.5, average=0.9995),
+    "finetuned": Settings(steps=5000, batch=32, rate=1e-3, decay=0.5),
+    "classes": Settings(steps=7000, batch=32, rate=1e-3, decay=0.5),
 }
 
 
@@ -278,6 +280,38 @@ class UNetStage(Stage):
         states = self.module["text"](batch["input_ids"]).last_hidden_state
         predicted = self.module["unet"](noisy, timesteps, states).sample
         return {"v": F.mse_loss(predicted.float(), target)}
+
+
+class FineTuneStage(UNetStage):
+    """A finished U-Net fine-tuned on a few scenes for many epochs: its attention blocks only, all else stays."""
+
+    start = "the finished U-Net"
+
+    def __init__(self, settings: Settings, vae_folder: Path, unet_folder: Path, items: list[scenes.Memorized], number):
+        super().__init__(settings, vae_folder)
+        self.items, self.number = items, number
+        load_finished(self, unet_folder)
+        self.module.requires_grad_(False)
+        for name, parameter in self.module["unet"].named_parameters():
+            parameter.requires_grad_(TRAINED in name)
+
+    def encoded(self, epoch):
+        if self.loaded[0] != 0:
+            vae = models.AutoencoderKL.from_pretrained(self.vae_folder).to(self.device).eval()
+            with torch.no_grad():
+                mean = vae.encode(pictures([item.scene for item in self.items]).to(self.device)).latent_dist.mean
+            tokens = self.tokens([item.prompt for item in self.items])
+            self.loaded = (0, mean.cpu() * vae.config.scaling_factor, tokens)
+        return self.loaded[1:]
+
+
+TRAINED = "attentions"  # what fine-tuning changes: parameters with this in their name
+
+
+def load_finished(stage: UNetStage, folder: Path) -> None:
+    """Give ``stage`` the weights of a U-Net and text encoder that were stored in ``folder``."""
+    for part, module in (("unet", stage.module["unet"]), ("text_encoder", stage.module["text"])):
+        module.load_state_dict(type(module).from_pretrained(folder / part).state_dict())
 
 
 def save(state: dict, path: Path) -> None:

@@ -1,0 +1,542 @@
+"""Every mitigation on the same prompts, the same noise and the same metrics, over all scenarios.
+
+``contenders`` names the methods, each with four settings from weak to strong. ``tune`` tries them on
+held-out prompts, ``tuned`` takes the best of each; ``compare`` samples the grid scenario x group x
+prompt x seed x strategy; ``summary`` gives one row a scenario, group and strategy, with intervals.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from . import metrics
+from . import perturbation as p
+from .basin import Ball, bootstrap_interval, wilson_interval
+from .experiment import Judges, read_evaluation, read_part, run_grid, write_part
+from .guidance import (
+    ConstantGuidance,
+    DynamicTransitionPoint,
+    GuidanceInterval,
+    OppositeGuidance,
+    ScheduledGuidance,
+    StaticTransitionPoint,
+)
+from .models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
+from .perturbation import Perturbation, Strategy, combined
+from .sampling import Trajectory, predictions
+from .scorecard import ball_of, layout_floor, real_scenes
+
+MAIN = "emoji-duplicated"
+SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
+
+
+def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
+    """Each method with four settings, from weak to strong; CFG at ``scale``, from T on, has one.
+
+    Constants are the authors', rescaled for the bundled world: latents have a quarter of Stable
+    Diffusion's norm, embeddings a deviation of 0.22 instead of 1, and the guidance magnitude of a
+    memorized prompt at T is about 0.4 of epsilon's norm.
+    """
+    cfg = ConstantGuidance(scale)
+
+    def before(*perturbations: Perturbation, guidance=cfg) -> tuple[Strategy, ...]:
+        return tuple(Strategy(guidance, (perturbation,)) for perturbation in perturbations)
+
+    def guided(*guidances) -> tuple[Strategy, ...]:
+        return tuple(Strategy(guidance) for guidance in guidances)
+
+    after_five_steps = StaticTransitionPoint(899, scale)
+    return {
+        "CFG": guided(cfg),
+        "lower scale": guided(*(ConstantGuidance(scale * part) for part in (0.6, 0.4, 0.3, 0.2))),
+        "RNA": before(*(p.RandomNumbers(n) for n in (1, 2, 4, 8))),
+        "RTA": before(*(p.RandomTokens(n) for n in (1, 2, 4, 8))),
+        "CWR": before(*(p.RepeatedWords(n) for n in (1, 2, 4, 8))),
+        "GNI": before(*(p.EmbeddingNoise(s) for s in (0.025, 0.1, 0.2, 0.4))),
+        "Wen": before(*(p.PromptOptimization(t, rate=0.01) for t in (0.3, 0.2, 0.1, 0.05))),
+        "Ren": before(
+            *(p.CrossAttentionMask(c, keep) for c, keep in ((1.25, True), (1.25, False), (2, False), (3, False)))
+        ),
+        "CADS": before(*(p.ConditionAnnealing(0.1, t + 300, t) for t in (600, 500, 350, 200))),
+        "Han, per sample": before(*(p.NoiseDescent(t, 0.02, 30) for t in (0.3, 0.2, 0.15, 0.1))),
+        "Han, batch-wise": before(*(p.NoiseAscent(12.5, g) for g in (3, 10, 20, 40)), guidance=after_five_steps),
+        "SAIL": before(*(p.SharpnessAwareNoise(t, 0.25, 0.01, 0.02) for t in (0.6, 0.5, 0.45, 0.4))),
+        "interval": guided(*(GuidanceInterval(t, 100, scale) for t in (800, 700, 600, 500))),
+        "schedule": guided(*(ScheduledGuidance(name, scale) for name in ("v", "a", "linear", "cosine"))),
+        "STP": guided(*(StaticTransitionPoint(t, scale) for t in (700, 600, 500, 400))),
+        "DTP": guided(*(DynamicTransitionPoint(scale, s, t) for s, t in ((1, 500), (0, 500), (0, 400), (0, 300)))),
+        "OG + STP": guided(*(OppositeGuidance(t, scale, s) for t, s in ((750, 0.5), (700, 1), (650, 1), (650, 2)))),
+        "OG + DTP": guided(*(OppositeGuidance(None, scale, s) for s in (0.25, 0.5, 1, 2))),
+    }
+
+
+PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")
+
+
+def combinations(chosen: Mapping[str, Strategy]) -> dict[str, Strategy]:
+    """Each prior method that leaves guidance alone, with the guidance of DTP and of OG + DTP."""
+    return {
+        f"{prior} + {rule}": combined(chosen[prior], chosen[rule]) for rule in ("DTP", "OG + DTP") for prior in PRIOR
+    }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is sampled: prompts and seeds of each group, and what the trade-offs and combinations get."""
+
+    memorized: int
+    elsewhere: int
+    seeds: int
+    extra: tuple[int, int]  # prompts, seeds
+
+
+PROFILES = {
+    "tiny": Profile(3, 3, 2, (3, 1)),  # for tests
+    "reader": Profile(8, 6, 2, (8, 1)),
+    "paper": Profile(32, 16, 4, (16, 2)),
+}
+HELD_OUT = 16  # of the verbatim prompts, the last ones
+
+
+def groups(scenario: str, profile: Profile) -> dict[str, pd.DataFrame]:
+    """Prompts of a scenario by group, spread evenly over what there is; none of the held-out ones."""
+    memorized, ordinary = read_prompts(scenario, "memorized"), read_prompts(scenario, "ordinary")
+    kinds = {kind: rows.drop_duplicates("prompt") for kind, rows in memorized.groupby("kind", sort=False)}
+    if scenario == MAIN:
+        kinds["verbatim"] = kinds["verbatim"].iloc[:-HELD_OUT]
+    main = profile.memorized if scenario == MAIN else profile.elsewhere
+    ordinary = ordinary[~ordinary["object"].isin(memorized.query("kind == 'class'")["object"])]
+    wanted = {"verbatim": main, "class": profile.elsewhere, "template": profile.elsewhere}
+    found = {"memorized" if kind != "template" else kind: _spread(rows, wanted[kind]) for kind, rows in kinds.items()}
+    return found | {"ordinary": _spread(ordinary, main)}
+
+
+def _spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """``count`` of ``rows``, or all, at even distances."""
+    at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return rows.iloc[at].reset_index(drop=True)
+
+
+def held_out(scenario: str = MAIN) -> pd.DataFrame:
+    """The memorized prompts that settings are chosen on."""
+    return read_prompts(scenario, "memorized").query("kind == 'verbatim'").tail(HELD_OUT).reset_index(drop=True)
+
+
+def outcome(run: Trajectory, prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+    """One row a sample of ``run``: what became of it, and what it took.
+
+    Columns: prompt, object, seed; distance to the nearest picture learned with the prompt (NaN for
+    ordinary prompts) and to the nearest learned with any; layout, for templates; object_right;
+    clip_score; saturated; diversity, the mean distance between the prompt's samples; calls,
+    gradient_passes; clip, the image features [F].
+    """
+    pictures = run.images()
+    features, clip = judges.distance.features(pictures), judges.alignment.picture_features(pictures)
+    table = prompts[["prompt", "object"]].copy()
+    table["seed"] = run.seeds
+    own = [judges.attractors.get(prompt) for prompt in run.prompts]
+    table["distance"] = [np.nan if a is None else float((1 - a @ f).min()) for a, f in zip(own, features, strict=True)]
+    table["nearest"] = (1 - features @ judges.duplicates.T).amin(dim=1)
+    table["layout"] = np.nan
+    if "kind" in prompts and (prompts["kind"] == "template").all():
+        boxes = [metrics.Box(*row) for row in prompts[["left", "top", "size"]].itertuples(index=False)]
+        table["layout"] = metrics.layout_similarity(pictures, read_pictures(prompts["attractor"]), boxes)
+    table["object_right"] = metrics.object_right(judges.alignment, pictures, table["object"].tolist(), judges.names)
+    table["clip_score"] = (clip * judges.alignment.text_features(run.prompts)).sum(dim=1)
+    table["saturated"] = metrics.saturated_share(pictures)
+    rows = table.groupby("prompt").indices
+    spread = {prompt: float(metrics.diversity(features[i])) if len(i) > 1 else np.nan for prompt, i in rows.items()}
+    table["diversity"] = table["prompt"].map(spread)
+    table["calls"], table["gradient_passes"] = run.network_calls, run.gradient_passes
+    table["clip"] = list(clip.half().numpy())
+    return table
+
+
+def tune(denoiser: Denoiser, judges: Judges, ball: Ball, folder: str | Path, seeds=range(2), steps: int = 50):
+    """Every setting of every contender on the held-out prompts.
+
+    One row a method and setting (0 to 3): copied, right, new_and_right (shares of n samples).
+    """
+    tries = _settings(contenders(read_scenario(denoiser.name)["guidance_scale"]))
+    prompts = held_out(denoiser.name)
+    with tqdm(total=len(tries) * len(prompts) * len(seeds), unit="sample", desc="tuning") as bar:
+        judge = lambda run, rows: outcome(run, rows, judges)  # noqa: E731
+        options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
+        table = run_grid(denoiser, prompts, seeds, tries, judge, folder, **options)
+    copied = table["distance"] <= ball.radius
+    table = table.assign(copied=copied, right=table["object_right"], new_and_right=table["object_right"] & ~copied)
+    shares = table.groupby("strategy", sort=False)[["copied", "right", "new_and_right"]].mean()
+    shares["n"] = table.groupby("strategy").size()
+    shares[["method", "setting"]] = [name.rsplit(" #", 1) for name in shares.index]
+    return shares.astype({"setting": int}).reset_index(drop=True)
+
+
+def _settings(methods: Mapping[str, tuple[Strategy, ...]]) -> dict[str, Strategy]:
+    """Each setting as a strategy of its own, called "method #setting"."""
+    return {f"{name} #{i}": strategy for name, tries in methods.items() for i, strategy in enumerate(tries)}
+
+
+def tuning_path() -> Path:
+    """Where the tried settings are kept."""
+    return data_folder() / MAIN / "tuning.csv"
+
+
+def chosen_settings(tuning: pd.DataFrame) -> dict[str, int]:
+    """Of each method the setting with most samples new and right; of equal ones the weakest."""
+    best = tuning.sort_values("setting").groupby("method", sort=False)["new_and_right"].idxmax()
+    return dict(zip(best.index, tuning.loc[best, "setting"].tolist(), strict=True))
+
+
+def tuned(scale: float, tuning: pd.DataFrame | None = None) -> dict[str, Strategy]:
+    """Every contender at the setting that did best on the held-out prompts (default: the kept tuning).
+
+    Raises ValueError when there is no kept tuning, or it lacks a contender.
+    """
+    if tuning is None:
+        if not tuning_path().exists():
+            raise ValueError(f"{tuning_path()} is missing: restore it with `git checkout -- data`, or run `make tune`")
+        tuning = pd.read_csv(tuning_path())
+    if missing := sorted(set(contenders(scale)) - set(tuning["method"])):
+        raise ValueError(f"no setting of {missing} was tried: run `make tune`")
+    settings = chosen_settings(tuning)
+    return {name: tries[settings[name]] for name, tries in contenders(scale).items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of the comparison: some strategies on one group of one scenario's prompts."""
+
+    scenario: str
+    group: str
+    prompts: pd.DataFrame
+    seeds: range
+    strategies: Mapping[str, Strategy]
+    of: str  # "methods", "settings" or "combinations"
+
+    def settings(self) -> dict:
+        """All that tells it from another, for a record of what was done."""
+        return {
+            **{name: getattr(self, name) for name in ("scenario", "group", "of")},
+            "prompts": self.prompts["prompt"].tolist(),
+            "seeds": list(self.seeds),
+            "strategies": {name: strategy.settings() for name, strategy in self.strategies.items()},
+        }
+
+    def samples(self) -> int:
+        return len(self.prompts) * len(self.seeds) * len(self.strategies)
+
+    def predictions(self, denoiser: Denoiser, steps: int) -> int:
+        """At most so many network predictions, a differentiated one counted as three."""
+        each = 0
+        for strategy in self.strategies.values():
+            each += predictions(strategy.guidance, denoiser, steps) + sum(
+                q.most_predictions() for q in strategy.perturbations
+            )
+        return len(self.prompts) * len(self.seeds) * each
+
+
+def plan(
+    profile: str = "reader", strategies: Mapping[str, Strategy] | None = None, only: Sequence[str] = ()
+) -> list[Task]:
+    """What `compare` samples: all methods everywhere, all settings and combinations on the main scenario's memorized.
+
+    Args:
+        profile: the size, one of `PROFILES`.
+        strategies: further ones.
+        only: names of the methods wanted, with neither settings nor combinations (default: all).
+
+    Raises ValueError for an unknown profile or method.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"no profile {profile!r}: give one of {sorted(PROFILES)}")
+    size, tasks = PROFILES[profile], []
+    for scenario in SCENARIOS:
+        scale = read_scenario(scenario)["guidance_scale"]
+        methods = {**tuned(scale), **(strategies or {})}
+        if unknown := [name for name in only if name not in methods]:
+            raise ValueError(f"no method {unknown}: give some of {sorted(methods)}")
+        methods = {name: methods[name] for name in only or methods}
+        parts = groups(scenario, size)
+        tasks += [Task(scenario, group, rows, range(size.seeds), methods, "methods") for group, rows in parts.items()]
+        if scenario == MAIN and not only:
+            few, seeds = _spread(parts["memorized"], size.extra[0]), range(size.extra[1])
+            tasks.append(Task(scenario, "memorized", few, seeds, _settings(contenders(scale)), "settings"))
+            tasks.append(Task(scenario, "memorized", few, seeds, combinations(methods), "combinations"))
+    return tasks
+
+
+def cost(tasks: list[Task], device: str = "cpu", steps: int = 50) -> str:
+    """The plan in words: samples and predictions of each task, and how long they take at the rate measured here."""
+    denoiser = load(MAIN, device=device)
+    latents, embedding = torch.zeros(64, *denoiser.latent_shape), denoiser.embed([""]).expand(64, -1, -1)
+    denoiser(latents.to(device), 500, embedding)
+    began = time.perf_counter()
+    denoiser(latents.to(device), 500, embedding)
+    rate = (time.perf_counter() - began) / 64
+    lines = [
+        f"{'scenario':18} {'group':10} {'of':13} {'prompts':>7} {'seeds':>5} {'strategies':>10} {'predictions':>12}"
+    ]
+    total = 0
+    for task in tasks:
+        count = task.predictions(denoiser, steps)
+        lines.append(
+            f"{task.scenario:18} {task.group:10} {task.of:13} {len(task.prompts):7} {len(task.seeds):5} "
+            f"{len(task.strategies):10} {count:12,}"
+        )
+        total += count
+    lines.append(f"at most {total:,} predictions; at {rate * 1000:.2f} ms each about {total * rate / 60:.0f} minutes")
+    return "\n".join(lines)
+
+
+def compare(
+    tasks: list[Task], folder: str | Path, *, device: str = "cpu", steps: int = 50, progress: bool = True
+) -> pd.DataFrame:
+    """Sample and judge all ``tasks``: the columns of `outcome`, and scenario, group, of, strategy, seconds, copied.
+
+    ``copied``: inside the ball of a picture learned with the prompt; for templates, the layout is
+    kept; for ordinary prompts, inside the ball of any picture learned. Resumes from ``folder``.
+    """
+    ball = ball_of(read_evaluation(load(MAIN)), MAIN, metrics.CopyDistance())
+    floor, tables = layout_floor(MAIN), []
+    with tqdm(total=sum(task.samples() for task in tasks), unit="sample", disable=not progress) as bar:
+        for scenario in dict.fromkeys(task.scenario for task in tasks):
+            denoiser, judges = load(scenario, device=device), Judges(scenario, device)
+            judge = lambda run, rows, judges=judges: outcome(run, rows, judges)  # noqa: E731
+            for task in (task for task in tasks if task.scenario == scenario):
+                place = Path(folder) / f"{scenario}-{task.group}-{task.of}"
+                options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
+                rows = run_grid(denoiser, task.prompts, task.seeds, task.strategies, judge, place, **options)
+                tables.append(rows.assign(scenario=scenario, group=task.group, of=task.of))
+    table = pd.concat(tables, ignore_index=True)
+    near = table["distance"].where(table["group"] != "ordinary", table["nearest"]) <= ball.radius
+    table["copied"] = near.where(table["group"] != "template", table["layout"] > floor)
+    return table
+
+
+def kept_path() -> Path:
+    """Where the comparison of the committed figures is kept."""
+    return data_folder() / "comparison.parquet"
+
+
+def obtain(profile: str, folder: str | Path, **options) -> pd.DataFrame:
+    """The comparison in the size of ``profile``: the kept one if it is that, else made now (see `compare`) and kept.
+
+    Only that of profile "paper" is kept, in `kept_path`. Raises OSError when the kept one is damaged.
+    """
+    tasks = plan(profile)
+    weights = {scenario: load(scenario).fingerprint() for scenario in SCENARIOS}
+    made_with = {"weights": weights, "plan": [task.settings() for task in tasks]}
+    if profile == "paper" and kept_path().exists():
+        try:
+            return read_part(kept_path(), made_with)[0]
+        except ValueError as changed:
+            print(f"made anew: {changed}")
+    table = compare(tasks, Path(folder) / profile, **options)
+    if profile == "paper":
+        write_part(table, kept_path(), made_with)
+    return table
+
+
+MEASURES = {  # name -> whether more of it is better, on memorized prompts
+    "copied": False,
+    "similarity": False,
+    "similarity_95": False,
+    "object_right": True,
+    "clip_score": True,
+    "new_and_right": True,
+    "cmmd": False,
+    "diversity": True,
+    "saturated": False,
+}
+
+
+def summary(table: pd.DataFrame, by=("scenario", "group", "strategy")) -> pd.DataFrame:
+    """One row a scenario, group, strategy and measure: value, low, high (95%), n samples, prompts, and ``best``.
+
+    Intervals are percentile bootstraps over prompts, a Wilson interval where every sample agrees,
+    and for CMMD a jackknife over prompts. ``best`` is "best", "tied" where the interval overlaps
+    that of the best, or "". Cost (calls, gradient_passes, seconds) is relative to CFG's calls and seconds.
+    """
+    table = table.assign(
+        similarity=1 - table["distance"].fillna(table["nearest"]),
+        new_and_right=table["object_right"] & ~table["copied"].astype(bool),
+    )
+    reference = metrics_reference()
+    rows = [
+        dict(zip(by, key, strict=True)) | row
+        for key, part in table.groupby(list(by), sort=False)
+        for row in _measured(part, reference)
+    ]
+    return _marked(pd.DataFrame(rows), [name for name in by if name != "strategy"])
+
+
+def metrics_reference() -> torch.Tensor:
+    """CLIP features of the bundled real scenes that no training saw."""
+    return metrics.Alignment().picture_features(real_scenes()[0])
+
+
+def _measured(part: pd.DataFrame, reference: torch.Tensor):
+    """The measures of one strategy on one group of prompts."""
+    count = {"n": len(part), "prompts": part["prompt"].nunique()}
+    for name in MEASURES:
+        if name == "cmmd":
+            features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
+            prompts = part["prompt"].tolist()
+            value = float(metrics.cmmd(features, reference, groups=prompts))
+            low, high = metrics.mmd_interval(features, prompts, reference)
+        elif name == "similarity_95":
+            value, (low, high) = _quantile([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
+        else:
+            means = part.groupby("prompt")[name].mean().to_numpy(float)
+            value = means.mean()
+            low, high = bootstrap_interval(means, resamples=1000)
+            if part[name].dtype == bool and low == high:  # all agree: a bootstrap knows no doubt
+                low, high = wilson_interval(part[name].sum(), len(part))
+        yield {"measure": name, "value": value, "low": float(low), "high": float(high), **count}
+    for name in ("calls", "gradient_passes", "seconds"):
+        value = part[name].mean()
+        yield {"measure": name, "value": value, "low": value, "high": value, **count}
+
+
+def _quantile(values: list[np.ndarray], q: float = 0.95) -> tuple[float, tuple[float, float]]:
+    """The q-quantile of all values, and its interval over the prompts that they are listed by."""
+    statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
+    everyone = np.arange(len(values))
+    return statistic(everyone), bootstrap_interval(everyone, statistic, resamples=500)
+
+
+def _marked(rows: pd.DataFrame, within: list[str]) -> pd.DataFrame:
+    """With costs relative to CFG, and the best of each measure marked."""
+    for _, part in rows.groupby([*within, "measure"]):
+        name, cfg = part["measure"].iloc[0], part.loc[part["strategy"] == "CFG", "value"]
+        if name in ("calls", "seconds") and len(cfg):
+            rows.loc[part.index, ["value", "low", "high"]] /= cfg.iloc[0]
+        if name in MEASURES:
+            top = part.loc[part["value"].idxmax() if MEASURES[name] else part["value"].idxmin()]
+            tied = (part["low"] <= top["high"]) & (part["high"] >= top["low"])
+            rows.loc[part.index, "best"] = np.where(part.index == top.name, "best", np.where(tied, "tied", ""))
+    return rows.fillna({"best": ""})
+
+
+def trade_off(table: pd.DataFrame) -> pd.DataFrame:
+    """Of samples at every setting: method, setting, copied and right with Wilson intervals (_low, _high), n."""
+    found = table[["strategy"]].drop_duplicates().reset_index(drop=True)
+    found[["method", "setting"]] = [name.rsplit(" #", 1) for name in found["strategy"]]
+    found["n"] = found["strategy"].map(table.groupby("strategy").size())
+    for name, column in (("copied", "copied"), ("right", "object_right")):
+        hits = found["strategy"].map(table[column].astype(bool).groupby(table["strategy"]).sum())
+        found[name] = hits / found["n"]
+        found[f"{name}_low"], found[f"{name}_high"] = wilson_interval(hits, found["n"])
+    return found.astype({"setting": int}).drop(columns="strategy")
+
+
+def at_settings(table: pd.DataFrame, chosen: Mapping[str, int]) -> pd.DataFrame:
+    """Those rows of samples at every setting that are at the chosen ones, called by the method."""
+    names = {f"{method} #{setting}": method for method, setting in chosen.items()}
+    return table[table["strategy"].isin(names)].assign(strategy=lambda rows: rows["strategy"].map(names))
+
+
+def pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Share new and right of each prior method, alone (``other`` is "CFG") and combined, with low and high."""
+    rows = summary(table).query("measure == 'new_and_right'")
+    split = [[*name.split(" + ", 1), "CFG"][:2] for name in rows["strategy"]]
+    return rows[["value", "low", "high", "n"]].assign(prior=[p for p, _ in split], other=[o for _, o in split])
+
+
+LABELS = {
+    "copied": "copied",
+    "similarity": "copy similarity",
+    "similarity_95": "its 95th percentile",
+    "object_right": "object right",
+    "clip_score": "CLIP score",
+    "new_and_right": "new and right",
+    "cmmd": "CMMD",
+    "diversity": "diversity",
+    "saturated": "saturated",
+    "calls": "predictions, times CFG's",
+    "gradient_passes": "gradient passes",
+    "seconds": "seconds, times CFG's",
+}
+
+
+def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(LABELS)) -> pd.DataFrame:
+    """One line a strategy, one column a measure, "value [low, high]"; ** the best, * tied with it."""
+    stars = rows["best"].map({"best": "**", "tied": "*", "": ""})
+    bare = rows["low"] == rows["high"]
+    text = [
+        f"{v:.2f}" if b else f"{v:.2f} [{lo:.2f}, {hi:.2f}]"
+        for v, lo, hi, b in zip(rows["value"], rows["low"], rows["high"], bare, strict=True)
+    ]
+    shown = rows.assign(text=pd.Series(text, rows.index) + stars)
+    table = shown.pivot(index="strategy", columns="measure", values="text").reindex(rows["strategy"].unique())
+    return table[[m for m in measures if m in table]].rename(columns=LABELS)
+
+
+def export(rows: pd.DataFrame, path: str | Path) -> list[Path]:
+    """Write a summary as PATH.csv (one row a measure), PATH.md and PATH.tex (a table a scenario and group)."""
+    path = Path(path)
+    rows.to_csv(path.with_suffix(".csv"), index=False, float_format="%.5g")
+    parts = {
+        f"{scenario}, {group}": wide(part)
+        for (scenario, group), part in rows.groupby(["scenario", "group"], sort=False)
+    }
+    path.with_suffix(".md").write_text(
+        "\n".join(f"## {name}\n\n{table.to_markdown()}\n" for name, table in parts.items())
+    )
+    path.with_suffix(".tex").write_text(
+        "\n".join(table.to_latex(caption=name, escape=True) for name, table in parts.items())
+    )
+    return [path.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
+
+
+OWN = ("STP", "DTP", "OG + STP", "OG + DTP")
+
+
+def claims(rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's claims about its strategies, held against a summary: claim, here (the numbers), shown (yes or NO)."""
+    at = rows.set_index(["scenario", "group", "strategy", "measure"]).sort_index()
+    memorized = [(s, "memorized") for s in dict.fromkeys(rows["scenario"])]
+    found = []
+
+    def claim(text: str, measure: str, groups, holds, names=OWN) -> None:
+        verdicts, numbers = [], []
+        for scenario, group in groups:
+            cfg = at.loc[(scenario, group, "CFG", measure)]
+            for name in names:
+                own = at.loc[(scenario, group, name, measure)]
+                verdicts.append(bool(holds(own, cfg)))
+                numbers.append(f"{name} {own['value']:.2f} [{own['low']:.2f}, {own['high']:.2f}]")
+            numbers[-len(names)] = f"{scenario}, CFG {cfg['value']:.2f}: {numbers[-len(names)]}"
+        shown = "yes" if all(verdicts) else f"NO ({sum(verdicts)} of {len(verdicts)})"
+        found.append({"claim": text, "here": "; ".join(numbers), "shown": shown})
+
+    main = memorized[:1]
+    claim("memorization is gone: at most 5% copies", "copied", main, lambda own, cfg: own["value"] <= 0.05)
+    claim("it is less, beyond doubt", "copied", main, lambda own, cfg: own["high"] < cfg["low"])
+    claim(
+        "alignment is kept: objects as right as under CFG",
+        "object_right",
+        main,
+        lambda own, cfg: own["high"] >= cfg["low"],
+    )
+    claim("quality is kept: CMMD no worse than CFG's", "cmmd", main, lambda own, cfg: own["low"] <= cfg["high"])
+    claim("no extra predictions", "calls", main, lambda own, cfg: own["value"] <= 1)
+    claim(
+        "ordinary prompts lose nothing: objects as right",
+        "object_right",
+        [(MAIN, "ordinary")],
+        lambda own, cfg: own["high"] >= cfg["low"],
+    )
+    claim(
+        "it holds in every scenario: fewer copies, beyond doubt",
+        "copied",
+        memorized,
+        lambda own, cfg: own["high"] < cfg["low"],
+    )
+    return pd.DataFrame(found)

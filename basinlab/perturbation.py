@@ -1,0 +1,312 @@
+"""The mitigations of earlier work, each from its paper, through one interface.
+
+A `Perturbation` changes prompt, embedding, attention or initial noise of every sample by itself, so
+that a result does not depend on the batch around it. What is drawn at random depends on the seed,
+apart from the initial noise. ``sample(..., perturbations=[...])`` applies them in order; a
+`Strategy` is such a list with the guidance to sample with, and any two lists make a third.
+
+Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space
+scales with the square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T)
+of the noise schedule as well. Magnitudes are of epsilon, in units of one latent's norm.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from zlib import crc32
+
+import numpy as np
+import torch
+from diffusers.guiders import BaseGuidance
+from torch import Tensor
+
+from .guidance import describe
+from .models import Denoiser
+from .sampling import Perturbation, State
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A mitigation as it is compared: what is perturbed, and the guidance that samples."""
+
+    guidance: BaseGuidance
+    perturbations: tuple[Perturbation, ...] = ()
+
+    def settings(self) -> dict:
+        """All that tells it from another, for a record of what was done."""
+        return {
+            "guidance": describe(self.guidance),
+            "perturbations": [{"name": type(p).__name__, **asdict(p)} for p in self.perturbations],
+        }
+
+
+def _key(perturbation: Perturbation, seed: int, *more: int) -> list[int]:
+    """Numbers that a random stream of one perturbation of one sample starts from."""
+    return [seed, crc32(type(perturbation).__name__.encode()), *more]
+
+
+def _noise(perturbation: Perturbation, state: State, *more: int) -> Tensor:
+    """Unit Gaussian noise of the embeddings' shape, [B, L, E], one stream a sample."""
+    drawn = [
+        np.random.default_rng(_key(perturbation, seed, *more)).standard_normal(state.conditional.shape[1:], np.float32)
+        for seed in state.seeds
+    ]
+    return torch.from_numpy(np.stack(drawn)).to(state.conditional)
+
+
+@dataclass(frozen=True)
+class _Insertion(Perturbation):
+    """``count`` words put into the prompt, each at a random place."""
+
+    count: int = 4
+
+    def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
+        rng = np.random.default_rng(_key(self, seed, crc32(prompt.encode())))
+        words = prompt.split()
+        for _ in range(self.count):
+            words.insert(int(rng.integers(len(words) + 1)), self._word(prompt, rng, denoiser))
+        return " ".join(words)
+
+    def _word(self, prompt: str, rng: np.random.Generator, denoiser: Denoiser) -> str:
+        raise NotImplementedError
+
+
+class RandomNumbers(_Insertion):
+    """RNA: random numbers below 100,000 in the prompt (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+
+    def _word(self, prompt, rng, denoiser):
+        return str(rng.integers(100_000))
+
+
+class RandomTokens(_Insertion):
+    """RTA: random tokens of the vocabulary in the prompt (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+
+    def _word(self, prompt, rng, denoiser):
+        special = set(denoiser.tokenizer.all_special_ids)
+        usual = [i for i in range(len(denoiser.tokenizer)) if i not in special]
+        return denoiser.tokenizer.decode([int(rng.choice(usual))]).strip()
+
+
+class RepeatedWords(_Insertion):
+    """CWR: words of the caption once more (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+
+    def _word(self, prompt, rng, denoiser):
+        return str(rng.choice(prompt.split()))
+
+
+@dataclass(frozen=True)
+class EmbeddingNoise(Perturbation):
+    """GNI: Gaussian noise of deviation ``scale`` on the embedding (Somepalli et al. NeurIPS 2023; theirs: 0.1)."""
+
+    scale: float = 0.1
+
+    def begin(self, state, denoiser):
+        state.conditional = state.conditional + self.scale * _noise(self, state)
+
+
+@dataclass(frozen=True)
+class ConditionAnnealing(Perturbation):
+    """CADS: noise on the embedding that fades while sampling goes on (Sadat et al. ICLR 2024, eq. 3 and 4).
+
+    y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma
+    rises from 0 at t >= ``first`` to 1 at t <= ``last``.
+
+    Args:
+        scale: s. first, last: tau_2 and tau_1 as timesteps. mixing: psi, 1 for full rescaling.
+            The defaults are those of the official script of Jain et al.
+    """
+
+    scale: float = 0.1
+    first: int = 800
+    last: int = 500
+    mixing: float = 1.0
+
+    def condition(self, conditional, state, timestep):
+        gamma = min(1.0, max(0.0, (self.first - timestep) / (self.first - self.last)))
+        if gamma == 1:
+            return conditional
+        noisy = gamma**0.5 * conditional + self.scale * (1 - gamma) ** 0.5 * _noise(self, state, timestep)
+        over = {"dim": (1, 2), "keepdim": True}
+        rescaled = (noisy - noisy.mean(**over)) / noisy.std(**over) * conditional.std(**over) + conditional.mean(**over)
+        return self.mixing * rescaled + (1 - self.mixing) * noisy
+
+
+@dataclass(frozen=True)
+class CrossAttentionMask(Perturbation):
+    """Cross-attention without the tokens after the prompt, and more of it to the begin token (Ren et al. ECCV 2024).
+
+    The padding after a prompt repeats its end token and sums it up; it gets no attention. The logits
+    of the begin token are multiplied by ``begin_scale``.
+
+    Args:
+        begin_scale: c1 of the authors' script, theirs 1.25.
+        keep_end: whether the first end token stays, as in their command, or is masked too.
+    """
+
+    begin_scale: float = 1.25
+    keep_end: bool = True
+
+    def begin(self, state, denoiser):
+        lengths = [len(ids) for ids in denoiser.tokenizer(state.texts, truncation=True).input_ids]
+        kept = torch.tensor(lengths)[:, None] - int(not self.keep_end)
+        scale = (torch.arange(state.conditional.shape[1]) < kept).to(state.conditional)
+        scale[:, 0] = self.begin_scale
+        state.token_scale = scale
+
+
+def _difference(denoiser: Denoiser, state: State, latents: Tensor, conditional: Tensor) -> Tensor:
+    """eps_c - eps_u, [B, C, H, W], at the first step."""
+    t = state.scheduler.timesteps[0]
+    inputs = state.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
+    both = torch.cat([conditional, state.unconditional.expand(len(latents), -1, -1)])
+    first, second = denoiser(inputs, t, both).chunk(2)
+    return (first - second) * denoiser.epsilon_scale(t)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+def _descend(
+    state: State,
+    start: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    target: float,
+    iterations: int,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    calls: int,
+) -> Tensor:
+    """``start`` [B, ...], changed until ``loss`` [B] is at most ``target`` or ``iterations`` are over.
+
+    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each.
+    """
+    variable = start.detach().clone().requires_grad_()
+    steps, reached = optimizer([variable]), torch.zeros(len(start), dtype=torch.bool)
+    for iteration in range(iterations + 1):
+        losses = loss(variable)
+        state.calls = state.calls + calls * ~reached
+        reached = reached | (losses.detach() <= target).cpu()
+        if reached.all() or iteration == iterations:
+            break
+        state.gradient_passes = state.gradient_passes + calls * ~reached
+        before = variable.detach().clone()
+        (variable.grad,) = torch.autograd.grad(losses.sum(), [variable])
+        steps.step()
+        with torch.no_grad():
+            variable[reached] = before[reached]
+    return variable.detach()
+
+
+@dataclass(frozen=True)
+class PromptOptimization(Perturbation):
+    """The embedding moved until the guidance magnitude at the first step is small (Wen et al. ICLR 2024, section 5).
+
+    AdamW on all tokens but the begin token.
+
+    Args:
+        target: magnitude at which a sample stops; theirs 3 for Stable Diffusion 1.4.
+        rate, iterations: theirs 0.05 and 10.
+    """
+
+    target: float = 3.0
+    rate: float = 0.05
+    iterations: int = 10
+
+    def begin(self, state, denoiser):
+        begin = state.conditional[:, :1]
+
+        def loss(tokens: Tensor) -> Tensor:
+            return _norm(_difference(denoiser, state, state.latents, torch.cat([begin, tokens], 1)))
+
+        optimizer = lambda parameters: torch.optim.AdamW(parameters, self.rate)  # noqa: E731
+        moved = _descend(state, state.conditional[:, 1:], loss, self.target, self.iterations, optimizer, 2)
+        state.conditional = torch.cat([begin, moved], 1)
+
+    def most_predictions(self):
+        return 2 * (3 * self.iterations + 1)
+
+
+@dataclass(frozen=True)
+class NoiseDescent(Perturbation):
+    """Initial noise moved until the guidance magnitude at T is small (Han et al. NeurIPS 2025, per sample).
+
+    Args:
+        target: magnitude at which a sample stops; theirs 0.9.
+        rate, iterations: of AdamW; theirs 0.01 and 1000.
+    """
+
+    target: float = 0.9
+    rate: float = 0.01
+    iterations: int = 1000
+
+    def begin(self, state, denoiser):
+        loss = lambda latents: _norm(_difference(denoiser, state, latents, state.conditional))  # noqa: E731
+        optimizer = lambda parameters: torch.optim.AdamW(parameters, self.rate)  # noqa: E731
+        state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 2)
+
+    def most_predictions(self):
+        return 2 * (3 * self.iterations + 1)
+
+
+@dataclass(frozen=True)
+class NoiseAscent(Perturbation):
+    """Initial noise moved away from where the guidance grows (Han et al. NeurIPS 2025, batch-wise; without gradients).
+
+    Each iteration looks ``rho`` further along the guidance, and steps back by ``gamma`` times the
+    difference that it finds. Theirs samples with CFG from the fifth step on; that is the guidance's part.
+
+    Args:
+        rho, gamma, iterations: theirs 50, 0.7 and 2.
+    """
+
+    rho: float = 50.0
+    gamma: float = 0.7
+    iterations: int = 2
+
+    def begin(self, state, denoiser):
+        for _ in range(self.iterations):
+            here = _difference(denoiser, state, state.latents, state.conditional)
+            ahead = state.latents + self.rho * here / _norm(here)[:, None, None, None]
+            there = _difference(denoiser, state, ahead, state.conditional)
+            state.latents = state.latents - self.gamma * (there - here)
+            state.calls = state.calls + 4
+
+    def most_predictions(self):
+        return 4 * self.iterations
+
+
+@dataclass(frozen=True)
+class SharpnessAwareNoise(Perturbation):
+    """SAIL: initial noise where the conditional density is flat (Jeon et al. ICML 2025, algorithm 2).
+
+    Adam on the guidance magnitude ``radius`` ahead along the guidance, which stands for the
+    sharpness, plus ``pull`` times the norm of the noise. Theirs draws new noise for a sample that
+    misses the target; here it keeps what it reached.
+
+    Args:
+        target: of the sum; theirs 8.2.
+        radius, pull, rate, iterations: theirs 1, 0.05, 0.05 and 10.
+    """
+
+    target: float = 8.2
+    radius: float = 1.0
+    pull: float = 0.05
+    rate: float = 0.05
+    iterations: int = 10
+
+    def begin(self, state, denoiser):
+        def loss(latents: Tensor) -> Tensor:
+            here = _difference(denoiser, state, latents, state.conditional)
+            ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
+            return _norm(_difference(denoiser, state, ahead, state.conditional)) + self.pull * _norm(latents)
+
+        optimizer = lambda parameters: torch.optim.Adam(parameters, self.rate)  # noqa: E731
+        state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 4)
+
+    def most_predictions(self):
+        return 4 * (3 * self.iterations + 1)
+
+
+def combined(*strategies: Strategy) -> Strategy:
+    """The perturbations of all, in order, with the guidance of the last."""
+    perturbations: Sequence[Perturbation] = [p for s in strategies for p in s.perturbations]
+    return Strategy(strategies[-1].guidance, tuple(perturbations))

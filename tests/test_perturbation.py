@@ -1,0 +1,270 @@
+"""The mitigations of earlier work against their authors' definitions, seen by a perturbation that looks on."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import basinlab
+from basinlab import perturbation as p
+from basinlab.sampling import Perturbation
+
+PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
+
+
+class Onlooker(Perturbation):
+    """Keeps what the perturbations before it made of the samples."""
+
+    def begin(self, state, denoiser):
+        self.state = copy.copy(state)
+
+    def condition(self, conditional, state, timestep):
+        self.seen = getattr(self, "seen", {}) | {timestep: conditional}
+        return conditional
+
+
+def start(denoiser, *perturbations, prompts=PROMPTS, seeds=(0, 1, 2), steps=1, **options):
+    """The samples before their first step, the embeddings over the steps, and the trajectory."""
+    onlooker = Onlooker()
+    guidance = basinlab.ConstantGuidance(2.0)
+    options = {"perturbations": [*perturbations, onlooker], "steps": steps, "progress": False, **options}
+    run = basinlab.sample(denoiser, prompts, seeds, guidance, **options)
+    return onlooker.state, onlooker.seen, run
+
+
+def magnitude(denoiser, state):
+    """||eps_c - eps_u|| at the first step, one sample after the other."""
+    t = state.scheduler.timesteps[0]
+    found = []
+    for latents, embedding in zip(state.latents, state.conditional, strict=True):
+        with torch.no_grad():
+            both = denoiser.unet(
+                latents.expand(2, -1, -1, -1), t, encoder_hidden_states=torch.stack([embedding, state.unconditional[0]])
+            ).sample
+        found.append((both[0] - both[1]).norm() * denoiser.scheduler.alphas_cumprod[t] ** 0.5)
+    return torch.stack(found)
+
+
+def without(words, original):
+    """``words`` less the first occurrence of each of ``original``, which must come in order."""
+    rest, wanted = [], list(original)
+    for word in words:
+        if wanted and word == wanted[0]:
+            wanted.pop(0)
+        else:
+            rest.append(word)
+    assert not wanted
+    return rest
+
+
+@pytest.mark.parametrize("kind", [p.RandomNumbers, p.RandomTokens, p.RepeatedWords])
+def test_inserted_words_leave_the_prompt_in_order_and_differ_by_seed(tiny, kind):
+    texts = [kind(4).text(PROMPTS[1], seed, tiny) for seed in (0, 1, 2)]
+    assert len(set(texts)) == 3
+    assert kind(4).text(PROMPTS[1], 0, tiny) == texts[0]
+    assert kind(0).text(PROMPTS[1], 0, tiny) == PROMPTS[1]
+    for text in texts:
+        added = without(text.split(), PROMPTS[1].split())
+        assert len(added) == 4
+        if kind is p.RandomNumbers:
+            assert all(0 <= int(word) < 100_000 for word in added)
+        if kind is p.RepeatedWords:
+            assert set(added) <= set(PROMPTS[1].split())
+
+
+def test_inserted_words_are_what_is_embedded(tiny):
+    state, _, run = start(tiny, p.RandomNumbers(2), seeds=[5])
+    assert state.texts == [p.RandomNumbers(2).text(prompt, 5, tiny) for prompt in PROMPTS]
+    torch.testing.assert_close(state.conditional, tiny.embed(state.texts))
+    assert run.prompts == PROMPTS
+
+
+def test_embedding_noise_has_the_stated_deviation_and_is_independent_of_the_initial_noise(tiny):
+    clean, _, _ = start(tiny, seeds=range(8))
+    noisy, _, _ = start(tiny, p.EmbeddingNoise(0.3), seeds=range(8))
+    noise = noisy.conditional - clean.conditional
+    count = noise.numel()
+    assert noise.std().item() == pytest.approx(0.3, abs=4 * 0.3 / (2 * count) ** 0.5)
+    assert abs(noise.mean().item()) < 4 * 0.3 / count**0.5
+    first, latents = noise[0].flatten()[:1024], noisy.latents[0].flatten()
+    assert abs(np.corrcoef(first, latents)[0, 1]) < 0.13
+    torch.testing.assert_close(noisy.latents, clean.latents)
+
+
+def test_annealed_condition_is_noise_at_first_and_the_prompt_at_last(tiny):
+    annealing = p.ConditionAnnealing(0.5, first=800, last=400, mixing=1.0)
+    state, seen, _ = start(tiny, annealing, steps=10)
+    for t, embedding in seen.items():
+        changed = (embedding - state.conditional).abs().amax()
+        assert (changed == 0) == (t <= 400)
+        torch.testing.assert_close(embedding.mean((1, 2)), state.conditional.mean((1, 2)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(embedding.std((1, 2)), state.conditional.std((1, 2)), atol=1e-4, rtol=0)
+    similarity = lambda x: torch.cosine_similarity(x.flatten(1), state.conditional.flatten(1)).mean()  # noqa: E731
+    over = [similarity(seen[t]).item() for t in sorted(seen, reverse=True)]
+    assert over[0] < 0.1 and over == sorted(over)
+
+
+def test_annealed_condition_without_rescaling_follows_its_formula(tiny):
+    state, seen, _ = start(tiny, p.ConditionAnnealing(0.5, first=1000, last=0, mixing=0.0), steps=4)
+    for t, embedding in seen.items():
+        gamma = 1 - t / 1000
+        noise = (embedding - gamma**0.5 * state.conditional) / (0.5 * (1 - gamma) ** 0.5)
+        assert noise.std().item() == pytest.approx(1, abs=0.03)
+
+
+def predict(denoiser, embedding, scale=None):
+    latents = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    return denoiser(latents, 500, embedding, **({} if scale is None else {"token_scale": scale}))
+
+
+def test_masked_tokens_get_no_attention(tiny):
+    state, _, _ = start(tiny, p.CrossAttentionMask(1.25), seeds=[0])
+    lengths = [len(ids) for ids in tiny.tokenizer(PROMPTS).input_ids]
+    assert [(row != 0).sum().item() for row in state.token_scale] == lengths
+    usual = predict(tiny, state.conditional, state.token_scale)
+    changed = state.conditional.clone()
+    for row, length in zip(changed, lengths, strict=True):
+        row[length:] += 10
+    torch.testing.assert_close(predict(tiny, changed, state.token_scale), usual, atol=1e-6, rtol=0)
+    assert (predict(tiny, changed) - predict(tiny, state.conditional)).abs().max() > 1e-2
+
+
+def test_masking_is_that_of_diffusers_own_attention_mask(tiny):
+    state, _, _ = start(tiny, p.CrossAttentionMask(1.0, keep_end=False), seeds=[0])
+    latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = tiny.unet(
+            latents, 500, encoder_hidden_states=state.conditional, encoder_attention_mask=state.token_scale != 0
+        ).sample
+    torch.testing.assert_close(predict(tiny, state.conditional, state.token_scale), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_begin_tokens_logits_are_multiplied(tiny):
+    state, _, _ = start(tiny, seeds=[0])
+    ones = torch.ones(2, state.conditional.shape[1])
+    torch.testing.assert_close(
+        predict(tiny, state.conditional, ones), predict(tiny, state.conditional), atol=1e-5, rtol=0
+    )
+    scale = ones.clone()
+    scale[:, 0] = 1.25
+
+    def key_times(module, inputs, output):  # the logit of a token is linear in its key
+        return torch.cat([1.25 * output[:, :1], output[:, 1:]], 1)
+
+    layers = [m for name, m in tiny.unet.named_modules() if name.endswith("attn2.to_k")]
+    hooks = [layer.register_forward_hook(key_times) for layer in layers]
+    wanted = predict(tiny, state.conditional)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(predict(tiny, state.conditional, scale), wanted, atol=1e-5, rtol=0)
+    assert (wanted - predict(tiny, state.conditional)).abs().max() > 1e-4
+
+
+def test_attention_is_as_before_after_a_masked_run(tiny):
+    before = predict(tiny, tiny.embed(PROMPTS))
+    start(tiny, p.CrossAttentionMask(3.0, keep_end=False))
+    assert predict(tiny, tiny.embed(PROMPTS)).equal(before)
+
+
+DESCENTS = {
+    "embedding": lambda target: p.PromptOptimization(target, rate=0.05, iterations=60),
+    "noise": lambda target: p.NoiseDescent(target, rate=0.05, iterations=60),
+}
+
+
+@pytest.mark.parametrize("what", DESCENTS)
+def test_descent_ends_at_or_below_the_target_and_leaves_alone_what_is_there(tiny, what):
+    before, _, _ = start(tiny)
+    found = magnitude(tiny, before)
+    target = found.sort().values[2:4].mean().item()  # between the third and the fourth of six
+    after, _, run = start(tiny, DESCENTS[what](target))
+    assert (magnitude(tiny, after) <= target * 1.001).all()
+    there = found <= target
+    assert there.any() and not there.all()
+    for name in ("latents", "conditional"):
+        kept = getattr(after, name)[there].equal(getattr(before, name)[there])
+        moved = not getattr(after, name)[~there].equal(getattr(before, name)[~there])
+        assert kept and moved == (name == {"embedding": "conditional", "noise": "latents"}[what])
+    assert after.conditional[:, 0].equal(before.conditional[:, 0])
+    # one look at the magnitude costs two predictions; so does each step, differentiated
+    assert run.gradient_passes[there].eq(0).all() and run.gradient_passes[~there].gt(0).all()
+    assert run.network_calls.tolist() == (run.gradient_passes + 2 + 2).tolist()
+
+
+def test_descent_stops_after_its_iterations(tiny):
+    _, _, run = start(tiny, p.PromptOptimization(0.0, iterations=3))
+    assert run.gradient_passes.eq(6).all()
+    assert run.network_calls.eq(6 + 2 + 2).all()
+
+
+def test_noise_ascent_is_the_authors_formula(tiny):
+    before, _, _ = start(tiny)
+    after, _, run = start(tiny, p.NoiseAscent(rho=10, gamma=0.7, iterations=2))
+    t = before.scheduler.timesteps[0]
+    unit = tiny.scheduler.alphas_cumprod[t] ** 0.5
+
+    def guidance(x):
+        embeddings = torch.cat([before.unconditional.expand(len(x), -1, -1), before.conditional])
+        with torch.no_grad():
+            u, c = tiny.unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=embeddings).sample.chunk(2)
+        return (c - u) * unit
+
+    x = before.latents
+    for _ in range(2):
+        here = guidance(x)
+        x = x - 0.7 * (guidance(x + 10 * here / here.flatten(1).norm(dim=1).view(-1, 1, 1, 1)) - here)
+    torch.testing.assert_close(after.latents, x, atol=1e-4, rtol=0)
+    assert run.gradient_passes.eq(0).all() and run.network_calls.eq(8 + 2).all()
+
+
+def test_sharpness_aware_noise_lowers_the_magnitude_ahead(tiny):
+    def ahead(state):
+        t = state.scheduler.timesteps[0]
+
+        def guidance(x):
+            both = torch.cat([state.conditional, state.unconditional.expand(len(x), -1, -1)])
+            c, u = tiny(x.repeat(2, 1, 1, 1), t, both).chunk(2)
+            return (c - u) * tiny.epsilon_scale(t)
+
+        here = guidance(state.latents)
+        return (
+            guidance(state.latents + 0.25 * here / here.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).flatten(1).norm(dim=1)
+        )
+
+    before, _, _ = start(tiny)
+    after, _, _ = start(tiny, p.SharpnessAwareNoise(0.0, radius=0.25, pull=0.0, rate=0.02, iterations=10))
+    assert (ahead(after) < ahead(before)).all()
+
+
+EVERY = [
+    p.RandomNumbers(2),
+    p.EmbeddingNoise(0.2),
+    p.ConditionAnnealing(0.1),
+    p.CrossAttentionMask(2.0, keep_end=False),
+    p.PromptOptimization(0.05, rate=0.01, iterations=4),
+    p.NoiseDescent(0.05, rate=0.02, iterations=4),
+    p.NoiseAscent(12.5, 3.0),
+    p.SharpnessAwareNoise(0.1, 0.25, 0.01, 0.02, iterations=4),
+]
+
+
+@pytest.mark.parametrize("perturbation", EVERY, ids=lambda q: type(q).__name__)
+def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, perturbation):
+    options = {"perturbations": [perturbation], "steps": 5, "progress": False}
+    together = basinlab.sample(tiny, PROMPTS, range(3), basinlab.ConstantGuidance(2.0), **options)
+    alone = basinlab.sample(tiny, PROMPTS[1], 2, basinlab.ConstantGuidance(2.0), **options)
+    torch.testing.assert_close(together.latents[-1:], alone.latents, atol=1e-4, rtol=0)
+    plain = basinlab.sample(tiny, PROMPTS[1], 2, basinlab.ConstantGuidance(2.0), steps=5, progress=False)
+    assert (plain.latents - alone.latents).abs().max() > 1e-3
+
+
+def test_perturbations_apply_in_order_and_strategies_compose(tiny):
+    first = p.Strategy(basinlab.ConstantGuidance(2.0), (p.RepeatedWords(1),))
+    rule = p.Strategy(basinlab.StaticTransitionPoint(500, 2.0), (p.EmbeddingNoise(0.1),))
+    both = p.combined(first, rule)
+    assert both.perturbations == (p.RepeatedWords(1), p.EmbeddingNoise(0.1)) and both.guidance is rule.guidance
+    state, _, _ = start(tiny, *both.perturbations, seeds=[0])
+    noise = state.conditional - tiny.embed(state.texts)
+    assert noise.std().item() == pytest.approx(0.1, abs=0.01)
+    assert both.settings()["perturbations"][0] == {"name": "RepeatedWords", "count": 1}
