@@ -55,7 +55,11 @@ def _noise(perturbation: Perturbation, state: State, *more: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Insertion(Perturbation):
-    """``count`` words put into the prompt, each at a random place."""
+    """``count`` words put into the prompt, each at a random place.
+
+    The inference-time mitigations of Somepalli et al., NeurIPS 2023 (arXiv 2305.20086, their
+    sd_mitigation.py), who insert 4.
+    """
 
     count: int = 4
 
@@ -71,14 +75,14 @@ class _Insertion(Perturbation):
 
 
 class RandomNumbers(_Insertion):
-    """RNA: random numbers below 100,000 in the prompt (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+    """RNA: random numbers below 100,000 in the prompt (Somepalli et al. 2023; theirs: 4)."""
 
     def _word(self, prompt, rng, denoiser):
         return str(rng.integers(100_000))
 
 
 class RandomTokens(_Insertion):
-    """RTA: random tokens of the vocabulary in the prompt (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+    """RTA: random tokens of the vocabulary in the prompt (Somepalli et al. 2023; theirs: 4)."""
 
     def _word(self, prompt, rng, denoiser):
         special = set(denoiser.tokenizer.all_special_ids)
@@ -87,7 +91,7 @@ class RandomTokens(_Insertion):
 
 
 class RepeatedWords(_Insertion):
-    """CWR: words of the caption once more (Somepalli et al. NeurIPS 2023, section 6; theirs: 4)."""
+    """CWR: words of the caption once more (Somepalli et al. 2023; theirs: 4)."""
 
     def _word(self, prompt, rng, denoiser):
         return str(rng.choice(prompt.split()))
@@ -95,7 +99,7 @@ class RepeatedWords(_Insertion):
 
 @dataclass(frozen=True)
 class EmbeddingNoise(Perturbation):
-    """GNI: Gaussian noise of deviation ``scale`` on the embedding (Somepalli et al. NeurIPS 2023; theirs: 0.1)."""
+    """GNI: Gaussian noise of deviation ``scale`` on the prompt's embedding (Somepalli et al. 2023; theirs: 0.1)."""
 
     scale: float = 0.1
 
@@ -105,7 +109,7 @@ class EmbeddingNoise(Perturbation):
 
 @dataclass(frozen=True)
 class ConditionAnnealing(Perturbation):
-    """CADS: noise on the embedding that fades while sampling goes on (Sadat et al. ICLR 2024, eq. 3 and 4).
+    """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
     y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma
     rises from 0 at t >= ``first`` to 1 at t <= ``last``.
@@ -132,10 +136,10 @@ class ConditionAnnealing(Perturbation):
 
 @dataclass(frozen=True)
 class CrossAttentionMask(Perturbation):
-    """Cross-attention without the tokens after the prompt, and more of it to the begin token (Ren et al. ECCV 2024).
+    """Cross-attention without the tokens after the prompt, and more of it to the begin token.
 
-    The padding after a prompt repeats its end token and sums it up; it gets no attention. The logits
-    of the begin token are multiplied by ``begin_scale``.
+    Ren et al., ECCV 2024 (arXiv 2403.11052). The padding after a prompt repeats its end token and sums
+    the prompt up; its logits become minus infinity. Those of the begin token are multiplied by ``begin_scale``.
 
     Args:
         begin_scale: c1 of the authors' script, theirs 1.25.
@@ -198,8 +202,9 @@ def _descend(
 
 @dataclass(frozen=True)
 class PromptOptimization(Perturbation):
-    """The embedding moved until the guidance magnitude at the first step is small (Wen et al. ICLR 2024, section 5).
+    """The embedding moved until the guidance magnitude at the first step is small.
 
+    Wen et al., ICLR 2024 (arXiv 2407.21720, their aug_prompt): min over e of ||eps(x_T, e) - eps(x_T, e_empty)||, by
     AdamW on all tokens but the begin token.
 
     Args:
@@ -227,7 +232,9 @@ class PromptOptimization(Perturbation):
 
 @dataclass(frozen=True)
 class NoiseDescent(Perturbation):
-    """Initial noise moved until the guidance magnitude at T is small (Han et al. NeurIPS 2025, per sample).
+    """Initial noise moved until the guidance magnitude at T is small, by AdamW.
+
+    Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||.
 
     Args:
         target: magnitude at which a sample stops; theirs 0.9.
@@ -249,10 +256,11 @@ class NoiseDescent(Perturbation):
 
 @dataclass(frozen=True)
 class NoiseAscent(Perturbation):
-    """Initial noise moved away from where the guidance grows (Han et al. NeurIPS 2025, batch-wise; without gradients).
+    """Initial noise moved away from where the guidance grows, without gradients.
 
-    Each iteration looks ``rho`` further along the guidance, and steps back by ``gamma`` times the
-    difference that it finds. Theirs samples with CFG from the fifth step on; that is the guidance's part.
+    Han et al., NeurIPS 2025 (arXiv 2510.08625), batch-wise: with g = eps_c - eps_u, each iteration
+    replaces x_T by x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth
+    step on; that is the guidance's part.
 
     Args:
         rho, gamma, iterations: theirs 50, 0.7 and 2.
@@ -276,11 +284,11 @@ class NoiseAscent(Perturbation):
 
 @dataclass(frozen=True)
 class SharpnessAwareNoise(Perturbation):
-    """SAIL: initial noise where the conditional density is flat (Jeon et al. ICML 2025, algorithm 2).
+    """SAIL: initial noise where the conditional density is flat.
 
-    Adam on the guidance magnitude ``radius`` ahead along the guidance, which stands for the
-    sharpness, plus ``pull`` times the norm of the noise. Theirs draws new noise for a sample that
-    misses the target; here it keeps what it reached.
+    Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius``
+    ahead along the guidance, which stands for the sharpness, plus ``pull`` times the norm of the noise.
+    Theirs draws new noise for a sample that misses the target; here it keeps what it reached.
 
     Args:
         target: of the sum; theirs 8.2.
