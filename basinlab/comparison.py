@@ -132,7 +132,8 @@ def outcome(run: Trajectory, prompts: pd.DataFrame, judges: Judges) -> pd.DataFr
     """One row a sample of ``run``: what became of it, and what it took.
 
     Columns: prompt, object, seed; distance to the nearest picture learned with the prompt (NaN for
-    ordinary prompts) and to the nearest learned with any; layout, for templates; object_right;
+    ordinary prompts) and to the nearest learned with any; lpips to the former, where there are weights for it;
+    layout, for templates; object_right;
     clip_score; saturated; diversity, the mean distance between the prompt's samples; calls,
     gradient_passes; clip, the image features [F].
     """
@@ -140,9 +141,14 @@ def outcome(run: Trajectory, prompts: pd.DataFrame, judges: Judges) -> pd.DataFr
     features, clip = judges.distance.features(pictures), judges.alignment.picture_features(pictures)
     table = prompts[["prompt", "object"]].copy()
     table["seed"] = run.seeds
-    own = [judges.attractors.get(prompt) for prompt in run.prompts]
-    table["distance"] = [np.nan if a is None else float((1 - a @ f).min()) for a, f in zip(own, features, strict=True)]
+    table["distance"] = np.nan
     table["nearest"] = (1 - features @ judges.duplicates.T).amin(dim=1)
+    if "attractor" in prompts:
+        own = [1 - judges.attractors[prompt] @ f for prompt, f in zip(run.prompts, features, strict=True)]
+        table["distance"] = [float(d.min()) for d in own]
+        if judges.lpips is not None:
+            learned = [judges.scenes[prompt][d.argmin()] for prompt, d in zip(run.prompts, own, strict=True)]
+            table["lpips"] = judges.lpips(pictures, torch.stack(learned))
     table["layout"] = np.nan
     if "kind" in prompts and (prompts["kind"] == "template").all():
         boxes = [metrics.Box(*row) for row in prompts[["left", "top", "size"]].itertuples(index=False)]
@@ -300,13 +306,14 @@ def compare(
     """Sample and judge all ``tasks``: the columns of `outcome`, and scenario, group, of, strategy, seconds, copied.
 
     ``copied``: inside the ball of a picture learned with the prompt; for templates, the layout is
-    kept; for ordinary prompts, inside the ball of any picture learned. Resumes from ``folder``.
+    kept; for ordinary prompts, inside the ball of any picture learned. Resumes from ``folder``. Warns
+    where LPIPS cannot be measured.
     """
     ball = ball_of(read_evaluation(load(MAIN)), MAIN, metrics.CopyDistance())
-    floor, tables = layout_floor(MAIN), []
+    floor, tables, lpips = layout_floor(MAIN), [], metrics.perceptual_distance(device=device)
     with tqdm(total=sum(task.samples() for task in tasks), unit="sample", disable=not progress) as bar:
         for scenario in dict.fromkeys(task.scenario for task in tasks):
-            denoiser, judges = load(scenario, device=device), Judges(scenario, device)
+            denoiser, judges = load(scenario, device=device), Judges(scenario, device, lpips)
             judge = lambda run, rows, judges=judges: outcome(run, rows, judges)  # noqa: E731
             for task in (task for task in tasks if task.scenario == scenario):
                 place = Path(folder) / f"{scenario}-{task.group}-{task.of}"
@@ -347,6 +354,7 @@ MEASURES = {  # name -> whether more of it is better, on memorized prompts
     "copied": False,
     "similarity": False,
     "similarity_95": False,
+    "lpips": True,
     "object_right": True,
     "clip_score": True,
     "new_and_right": True,
@@ -385,6 +393,8 @@ def _measured(part: pd.DataFrame, reference: torch.Tensor):
     """The measures of one strategy on one group of prompts."""
     count = {"n": len(part), "prompts": part["prompt"].nunique()}
     for name in MEASURES:
+        if name == "lpips" and ("lpips" not in part or part["lpips"].isna().all()):
+            continue
         if name == "cmmd":
             features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
             prompts = part["prompt"].tolist()
@@ -453,6 +463,7 @@ LABELS = {
     "copied": "copied",
     "similarity": "copy similarity",
     "similarity_95": "its 95th percentile",
+    "lpips": "LPIPS",
     "object_right": "object right",
     "clip_score": "CLIP score",
     "new_and_right": "new and right",

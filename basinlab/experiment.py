@@ -101,16 +101,22 @@ def judged(run: Trajectory | Sweep, prompts: pd.DataFrame, judges: "Judges", bal
 class Judges:
     """What looks at pictures: the distance D, CLIP, all object names, and the scenes that were learned by heart.
 
-    ``duplicates`` are descriptors of all of these but the templates', ``attractors`` those of each prompt.
+    ``duplicates`` are descriptors of all of these but the templates', ``attractors`` those of each prompt,
+    and ``scenes`` each prompt's pictures. ``lpips`` is a `metrics.PerceptualDistance` or None.
     """
 
-    def __init__(self, scenario: str, device: str | torch.device = "cpu"):
+    def __init__(
+        self, scenario: str, device: str | torch.device = "cpu", lpips: metrics.PerceptualDistance | None = None
+    ):
+        self.lpips = lpips
         memorized, ordinary = read_prompts(scenario, "memorized"), read_prompts(scenario, "ordinary")
         self.distance, self.alignment = metrics.CopyDistance(device=device), metrics.Alignment(device=device)
         self.names = sorted({*memorized["object"], *ordinary["object"]})
-        features = self.distance.features(read_pictures(memorized["attractor"]))
+        pictures, of = read_pictures(memorized["attractor"]), memorized.groupby("prompt").indices
+        features = self.distance.features(pictures)
         self.duplicates = features[(memorized["kind"] != "template").to_numpy()]
-        self.attractors = {p: features[rows] for p, rows in memorized.groupby("prompt").indices.items()}
+        self.attractors = {prompt: features[rows] for prompt, rows in of.items()}
+        self.scenes = {prompt: pictures[rows] for prompt, rows in of.items()}
 
     def fingerprint(self) -> str:
         """Which weights judge: the first 16 digits of the SHA-256 of the descriptor's and CLIP's."""

@@ -12,6 +12,7 @@ import torch
 
 import basinlab
 from basinlab import comparison, metrics
+from basinlab.experiment import Judges
 
 
 def test_settings_are_chosen_on_prompts_that_are_not_compared():
@@ -234,3 +235,13 @@ def test_a_dry_run_prints_the_plan_and_samples_nothing(tmp_path):
     ]
     assert "predictions" in lines[-1] and "minutes" in lines[-1]
     assert not (tmp_path / "parts").exists()
+
+
+def test_lpips_is_measured_to_the_nearest_learned_scene_where_it_can_be(bundled):
+    rows = basinlab.read_prompts(bundled.name, "memorized").head(2)
+    run = basinlab.sample(bundled, rows["prompt"], 0, steps=1, record=False, progress=False)
+    assert "lpips" not in comparison.outcome(run, rows, Judges(bundled.name))
+    apart = lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))  # noqa: E731 - stands for LPIPS
+    table = comparison.outcome(run, rows, Judges(bundled.name, lpips=apart))
+    wanted = apart(run.images(), basinlab.read_pictures(rows["attractor"]))
+    assert table["lpips"].tolist() == pytest.approx(wanted.tolist())
