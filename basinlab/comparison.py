@@ -371,7 +371,7 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "strategy")) -> pd.Dat
     and for CMMD a jackknife over prompts. ``best`` is "best", "tied" where the interval overlaps
     that of the best, or "". Cost (calls, gradient_passes, seconds) is relative to CFG's calls and seconds.
     """
-    table = table.assign(
+    table = table.astype({"copied": bool}).assign(
         similarity=1 - table["distance"].fillna(table["nearest"]),
         new_and_right=table["object_right"] & ~table["copied"].astype(bool),
     )
@@ -401,24 +401,29 @@ def _measured(part: pd.DataFrame, reference: torch.Tensor):
             value = float(metrics.cmmd(features, reference, groups=prompts))
             low, high = metrics.mmd_interval(features, prompts, reference)
         elif name == "similarity_95":
-            value, (low, high) = _quantile([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
+            value, low, high = _quantile([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
         else:
-            means = part.groupby("prompt")[name].mean().to_numpy(float)
-            value = means.mean()
-            low, high = bootstrap_interval(means, resamples=1000)
-            if part[name].dtype == bool and low == high:  # all agree: a bootstrap knows no doubt
-                low, high = wilson_interval(part[name].sum(), len(part))
+            value, low, high = _mean(part, name)
         yield {"measure": name, "value": value, "low": float(low), "high": float(high), **count}
     for name in ("calls", "gradient_passes", "seconds"):
         value = part[name].mean()
         yield {"measure": name, "value": value, "low": value, "high": value, **count}
 
 
-def _quantile(values: list[np.ndarray], q: float = 0.95) -> tuple[float, tuple[float, float]]:
+def _mean(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
+    """Mean of a column, bootstrapped over prompts; where all samples of a share agree, Wilson's interval."""
+    means = part.groupby("prompt")[name].mean().to_numpy(float)
+    low, high = bootstrap_interval(means, resamples=1000)
+    if part[name].dtype == bool and low == high:  # a bootstrap of equal values knows no doubt
+        low, high = wilson_interval(part[name].sum(), len(part))
+    return means.mean(), float(low), float(high)
+
+
+def _quantile(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
     """The q-quantile of all values, and its interval over the prompts that they are listed by."""
     statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
     everyone = np.arange(len(values))
-    return statistic(everyone), bootstrap_interval(everyone, statistic, resamples=500)
+    return statistic(everyone), *bootstrap_interval(everyone, statistic, resamples=500)
 
 
 def _marked(rows: pd.DataFrame, within: list[str]) -> pd.DataFrame:
@@ -435,15 +440,15 @@ def _marked(rows: pd.DataFrame, within: list[str]) -> pd.DataFrame:
 
 
 def trade_off(table: pd.DataFrame) -> pd.DataFrame:
-    """Of samples at every setting: method, setting, copied and right with Wilson intervals (_low, _high), n."""
-    found = table[["strategy"]].drop_duplicates().reset_index(drop=True)
-    found[["method", "setting"]] = [name.rsplit(" #", 1) for name in found["strategy"]]
-    found["n"] = found["strategy"].map(table.groupby("strategy").size())
-    for name, column in (("copied", "copied"), ("right", "object_right")):
-        hits = found["strategy"].map(table[column].astype(bool).groupby(table["strategy"]).sum())
-        found[name] = hits / found["n"]
-        found[f"{name}_low"], found[f"{name}_high"] = wilson_interval(hits, found["n"])
-    return found.astype({"setting": int}).drop(columns="strategy")
+    """Of samples at every setting: method, setting, n, copied and right with intervals (_low, _high)."""
+    found = []
+    for name, part in table.astype({"copied": bool}).groupby("strategy", sort=False):
+        method, setting = name.rsplit(" #", 1)
+        row = {"method": method, "setting": int(setting), "n": len(part)}
+        for label, column in (("copied", "copied"), ("right", "object_right")):
+            row |= dict(zip((label, f"{label}_low", f"{label}_high"), _mean(part, column), strict=True))
+        found.append(row)
+    return pd.DataFrame(found)
 
 
 def at_settings(table: pd.DataFrame, chosen: Mapping[str, int]) -> pd.DataFrame:
