@@ -114,7 +114,7 @@ class Judges:
         self.names = sorted({*memorized["object"], *ordinary["object"]})
         pictures, of = read_pictures(memorized["attractor"]), memorized.groupby("prompt").indices
         features = self.distance.features(pictures)
-        self.duplicates = features[(memorized["kind"] != "template").to_numpy()]
+        self.duplicates = features[torch.tensor((memorized["kind"] != "template").tolist())]
         self.attractors = {prompt: features[rows] for prompt, rows in of.items()}
         self.scenes = {prompt: pictures[rows] for prompt, rows in of.items()}
 
