@@ -26,7 +26,7 @@ help:
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
 	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
-	@echo "make tune     try the settings of every mitigation  (15 minutes on 2 cores; resumes)"
+	@echo "make tune     try the settings of every mitigation  (9 minutes on 2 cores; resumes)"
 	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
 	@echo "make benchmarks  time sampling and sweep against diffusers' pipeline (half an hour)"
 	@echo "make lint     ruff only                           (seconds)"
@@ -76,7 +76,7 @@ evaluate: $(INSTALLED)
 	@$(PY) -m basinlab evaluate
 
 tune: $(INSTALLED)
-	@echo "tune: trying all settings of all mitigations on held-out prompts (15 minutes on 2 cores; stop it and call again to go on)"
+	@echo "tune: trying all settings of all mitigations on held-out prompts (9 minutes on 2 cores; stop it and call again to go on)"
 	@$(PY) -m basinlab tune
 
 compare: $(INSTALLED)
