@@ -393,8 +393,8 @@ def _measured(part: pd.DataFrame, reference: torch.Tensor):
     """The measures of one strategy on one group of prompts."""
     count = {"n": len(part), "prompts": part["prompt"].nunique()}
     for name in MEASURES:
-        if name == "lpips" and ("lpips" not in part or part["lpips"].isna().all()):
-            continue
+        if name in ("lpips", "diversity") and (name not in part or part[name].isna().all()):
+            continue  # no weights for it, or one seed only
         if name == "cmmd":
             features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
             prompts = part["prompt"].tolist()

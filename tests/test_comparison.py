@@ -237,6 +237,12 @@ def test_a_dry_run_prints_the_plan_and_samples_nothing(tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
+def test_what_was_not_measured_is_left_out_of_the_summary():
+    table = synthetic({"RNA": 0.5, "RNA + DTP": 0.1}, {"RNA": 1.0, "RNA + DTP": 1.0}).assign(diversity=np.nan)
+    rows = comparison.summary(table)
+    assert not {"diversity", "lpips"} & set(rows["measure"]) and rows["value"].notna().all()
+
+
 def test_lpips_is_measured_to_the_nearest_learned_scene_where_it_can_be(bundled):
     rows = basinlab.read_prompts(bundled.name, "memorized").head(2)
     run = basinlab.sample(bundled, rows["prompt"], 0, steps=1, record=False, progress=False)
