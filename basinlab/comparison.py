@@ -315,9 +315,9 @@ def compare(
         for scenario in dict.fromkeys(task.scenario for task in tasks):
             denoiser, judges = load(scenario, device=device), Judges(scenario, device, lpips)
             judge = lambda run, rows, judges=judges: outcome(run, rows, judges)  # noqa: E731
+            options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
             for task in (task for task in tasks if task.scenario == scenario):
                 place = Path(folder) / f"{scenario}-{task.group}-{task.of}"
-                options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
                 rows = run_grid(denoiser, task.prompts, task.seeds, task.strategies, judge, place, **options)
                 tables.append(rows.assign(scenario=scenario, group=task.group, of=task.of))
     table = pd.concat(tables, ignore_index=True)

@@ -461,7 +461,7 @@ def start_slider(pictures: Tensor, starts: Sequence[int], memorized: Tensor):
     return ipywidgets.VBox([ipywidgets.HBox([start, seed]), picture])
 
 
-# The methods of the comparison: one colour a family, darker from method to method.
+# The methods of the comparison: one colour a family.
 _FAMILIES = {
     "black": ("CFG",),
     "gray": ("lower scale",),
