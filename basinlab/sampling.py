@@ -141,6 +141,8 @@ def _scheduler(denoiser: Denoiser, name: str | None, steps: int):
     # some schedulers are made for pixels and by default clip to -1..1, which latents exceed
     scheduler = kind.from_config(denoiser.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps, device=denoiser.device)
+    if len(scheduler.timesteps) != steps:  # some predict twice at a step, and so do not go step by step
+        raise ValueError(f"{kind.__name__} makes {len(scheduler.timesteps)} predictions in {steps} steps: give another")
     return scheduler
 
 
