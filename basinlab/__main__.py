@@ -1,4 +1,7 @@
-"""From the shell: ``evaluate`` a bundled checkpoint, ``tune`` the mitigations, ``compare`` them. All resume."""
+"""From the shell: ``evaluate`` a bundled checkpoint, ``tune`` the mitigations, ``compare`` them.
+
+All resume, and all share their work among the processes of ``accelerate launch --module basinlab``.
+"""
 
 import argparse
 from pathlib import Path
@@ -12,7 +15,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     evaluate = commands.add_parser("evaluate", help="write NAME's evaluation.parquet (about 15 minutes on 2 cores)")
     evaluate.add_argument("name", nargs="?", default="emoji-duplicated")
-    evaluate.add_argument("--device", default="cpu")
+    evaluate.add_argument("--device", help="default: cpu; of several processes each its own GPU")
     evaluate.add_argument("--parts", type=Path, default=Path("build/evaluation"), help="where it resumes from")
     tune = commands.add_parser(
         "tune", help="try all settings of all mitigations on held-out prompts (about 10 minutes)"
@@ -21,17 +24,22 @@ def main() -> None:
     compare.add_argument("--profile", choices=sorted(comparison.PROFILES), default="reader", help="how much")
     compare.add_argument("--dry-run", action="store_true", help="print the plan and its cost, sample nothing")
     for command, folder in ((tune, "build/tuning"), (compare, "build/comparison")):
-        command.add_argument("--device", default="cpu")
+        command.add_argument("--device", help="default: cpu; of several processes each its own GPU")
         command.add_argument("--parts", type=Path, default=Path(folder), help="where it resumes from")
     options = parser.parse_args()
+    team = experiment.processes()
+    if getattr(options, "device", None) is None:
+        options.device = str(team.device) if team.num_processes > 1 else "cpu"
     {"evaluate": run_evaluate, "tune": run_tune, "compare": run_compare}[options.command](options)
+    team.destroy_process_group()
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
     denoiser = models.load(options.name, device=options.device)
     parts = options.parts / f"{denoiser.name}-{denoiser.fingerprint()}"
     table = experiment.evaluate(denoiser, parts)
-    print(f"{len(table)} samples in {experiment.write_evaluation(denoiser, table)}")
+    if experiment.processes().is_main_process:
+        print(f"{len(table)} samples in {experiment.write_evaluation(denoiser, table)}")
 
 
 def run_tune(options: argparse.Namespace) -> None:
@@ -39,16 +47,19 @@ def run_tune(options: argparse.Namespace) -> None:
     judges = experiment.Judges(denoiser.name, options.device)
     ball = ball_of(experiment.read_evaluation(denoiser), denoiser.name, judges.distance)
     table = comparison.tune(denoiser, judges, ball, options.parts)
-    table.to_csv(comparison.tuning_path(), index=False)
-    print(f"{len(table)} settings in {comparison.tuning_path()}")
+    if experiment.processes().is_main_process:
+        table.to_csv(comparison.tuning_path(), index=False)
+        print(f"{len(table)} settings in {comparison.tuning_path()}")
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    tasks = comparison.plan(options.profile)
-    print(comparison.cost(tasks, options.device))
+    team = experiment.processes()
+    if team.is_main_process:
+        print(comparison.cost(comparison.plan(options.profile), options.device, shared_by=team.num_processes))
     if not options.dry_run:
         table = comparison.obtain(options.profile, options.parts, device=options.device)
-        print(f"{len(table)} samples; parts in {options.parts}, the table of profile paper in {comparison.kept_path()}")
+        kept = f", the table of profile paper in {comparison.kept_path()}"
+        team.print(f"{len(table)} samples; parts in {options.parts}{kept}")
 
 
 if __name__ == "__main__":

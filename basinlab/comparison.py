@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from . import metrics
 from . import perturbation as p
 from .basin import Ball, bootstrap_interval, wilson_interval
-from .experiment import Judges, read_evaluation, read_part, run_grid, write_part
+from .experiment import Judges, processes, read_evaluation, read_part, run_grid, write_part
 from .guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
@@ -171,7 +171,8 @@ def tune(denoiser: Denoiser, judges: Judges, ball: Ball, folder: str | Path, see
     """
     tries = _settings(contenders(read_scenario(denoiser.name)["guidance_scale"]))
     prompts = held_out(denoiser.name)
-    with tqdm(total=len(tries) * len(prompts) * len(seeds), unit="sample", desc="tuning") as bar:
+    total, silent = len(tries) * len(prompts) * len(seeds), not processes().is_main_process
+    with tqdm(total=total, unit="sample", desc="tuning", disable=silent) as bar:
         judge = lambda run, rows: outcome(run, rows, judges)  # noqa: E731
         options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
         table = run_grid(denoiser, prompts, seeds, tries, judge, folder, **options)
@@ -277,7 +278,7 @@ def plan(
     return tasks
 
 
-def cost(tasks: list[Task], device: str = "cpu", steps: int = 50) -> str:
+def cost(tasks: list[Task], device: str = "cpu", steps: int = 50, shared_by: int = 1) -> str:
     """The plan in words: samples and predictions of each task, and how long they take at the rate measured here."""
     denoiser = load(MAIN, device=device)
     latents, embedding = torch.zeros(64, *denoiser.latent_shape), denoiser.embed([""]).expand(64, -1, -1)
@@ -296,7 +297,8 @@ def cost(tasks: list[Task], device: str = "cpu", steps: int = 50) -> str:
             f"{len(task.strategies):10} {count:12,}"
         )
         total += count
-    lines.append(f"at most {total:,} predictions; at {rate * 1000:.2f} ms each about {total * rate / 60:.0f} minutes")
+    minutes, team = total * rate / 60 / shared_by, f" in {shared_by} processes" if shared_by > 1 else ""
+    lines.append(f"at most {total:,} predictions; at {rate * 1000:.2f} ms each about {minutes:.0f} minutes{team}")
     return "\n".join(lines)
 
 
@@ -311,7 +313,8 @@ def compare(
     """
     ball = ball_of(read_evaluation(load(MAIN)), MAIN, metrics.CopyDistance())
     floor, tables, lpips = layout_floor(MAIN), [], metrics.perceptual_distance(device=device)
-    with tqdm(total=sum(task.samples() for task in tasks), unit="sample", disable=not progress) as bar:
+    silent = not progress or not processes().is_main_process
+    with tqdm(total=sum(task.samples() for task in tasks), unit="sample", disable=silent) as bar:
         for scenario in dict.fromkeys(task.scenario for task in tasks):
             denoiser, judges = load(scenario, device=device), Judges(scenario, device, lpips)
             judge = lambda run, rows, judges=judges: outcome(run, rows, judges)  # noqa: E731
@@ -343,9 +346,9 @@ def obtain(profile: str, folder: str | Path, **options) -> pd.DataFrame:
         try:
             return read_part(kept_path(), made_with)[0]
         except ValueError as changed:
-            print(f"made anew: {changed}")
+            processes().print(f"made anew: {changed}")
     table = compare(tasks, Path(folder) / profile, **options)
-    if profile == "paper":
+    if profile == "paper" and processes().is_main_process:
         write_part(table, kept_path(), made_with)
     return table
 

@@ -3,7 +3,8 @@
 The table is kept in parts, one parquet file per strategy and block of prompts, each written
 beside its place and moved there, with the weights' fingerprint and the settings inside: a
 killed run goes on with the missing parts, and a part of other weights or settings is named
-instead of being mixed in.
+instead of being mixed in. Under ``accelerate launch`` every process makes its share of the missing
+parts; how many processes there are matters to no part, and may differ from run to run.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
@@ -127,6 +132,22 @@ class Judges:
         return digest.hexdigest()[:16]
 
 
+def processes() -> PartialState:
+    """The processes of this run: one, or those that ``accelerate launch`` began, over gloo where there is no GPU."""
+    # one may wait for the others' last parts for long
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One strategy on one block of prompts: what is kept in one file."""
+
+    strategy: str
+    rows: pd.DataFrame
+    path: Path
+    settings: dict
+
+
 def run_grid(
     denoiser: Denoiser,
     prompts: pd.DataFrame,
@@ -138,6 +159,7 @@ def run_grid(
     steps: int = 50,
     measure: Sequence[str] = (),
     block: int = 16,
+    batch_size: int = 32,
     judges: str = "",
     bar: tqdm | None = None,
 ) -> pd.DataFrame:
@@ -147,18 +169,59 @@ def run_grid(
         prompts: a table of `read_prompts`.
         strategies: name -> strategy, or guidance alone; the name becomes the column ``strategy``.
         judge: of a run and the rows of ``prompts`` that its samples are of, the rows of the result.
+        folder: of the parts; where several processes work, all of them see it.
         measure: names of strategies whose guidance magnitude is measured at every step.
         block: prompts in one part.
+        batch_size: samples that go through the network together.
         judges: which they are, `Judges.fingerprint`; noted in every part.
         bar: moved on by the samples of every part.
 
     Raises ValueError or OSError when a part in ``folder`` has other settings or is damaged.
     """
-    folder, tables, weights = Path(folder), [], denoiser.fingerprint()
-    blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
+    strategies = {name: s if isinstance(s, Strategy) else Strategy(s) for name, s in strategies.items()}
+    parts = _parts(denoiser, prompts, seeds, strategies, Path(folder), steps, block, judges)
+    done = {part.path: read_part(part.path, part.settings) for part in parts if part.path.exists()}
+    before = 0 if bar is None else bar.n
+
+    def show() -> None:
+        if bar is not None:
+            bar.update(before + sum(len(p.rows) * len(seeds) for p in parts if p.path.exists()) - bar.n)
+
+    show()
+    team = processes()
+    missing = [i for i, part in enumerate(parts) if part.path not in done]
+    for i in broadcast_object_list([missing])[0][team.process_index :: team.num_processes]:  # the first one's list
+        part, strategy = parts[i], strategies[parts[i].strategy]
+        began = time.perf_counter()
+        run = sample(
+            denoiser,
+            part.rows["prompt"].tolist(),
+            seeds,
+            strategy.guidance,
+            perturbations=strategy.perturbations,
+            steps=steps,
+            batch_size=batch_size,
+            record=False,
+            measure=part.strategy in measure,
+            progress=False,
+        )
+        seconds = (time.perf_counter() - began) / len(run)
+        table = judge(run, part.rows.loc[part.rows.index.repeat(len(seeds))].reset_index(drop=True))
+        write_part(table, part.path, {**part.settings, "seconds": seconds})
+        show()
+    team.wait_for_everyone()
+    show()
+    found = [(part, *(done.get(part.path) or read_part(part.path, part.settings))) for part in parts]
+    tables = [table.assign(strategy=part.strategy, seconds=note["seconds"]) for part, table, note in found]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _parts(denoiser, prompts, seeds, strategies, folder: Path, steps: int, block: int, judges: str) -> list[_Part]:
+    """All parts of a grid, in the order of its table."""
+    weights, parts = denoiser.fingerprint(), []
     for name, strategy in strategies.items():
-        strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy)
-        for number, rows in enumerate(blocks):
+        for number, start in enumerate(range(0, len(prompts), block)):
+            rows = prompts.iloc[start : start + block]
             settings = {
                 "weights": weights,
                 **strategy.settings(),
@@ -168,28 +231,8 @@ def run_grid(
                 "dtype": str(denoiser.dtype),
                 "judges": judges,
             }
-            path = folder / f"{name}-{number:02d}.parquet"
-            if not path.exists():
-                began = time.perf_counter()
-                run = sample(
-                    denoiser,
-                    rows["prompt"].tolist(),
-                    seeds,
-                    strategy.guidance,
-                    perturbations=strategy.perturbations,
-                    steps=steps,
-                    record=False,
-                    measure=name in measure,
-                    progress=False,
-                )
-                seconds = (time.perf_counter() - began) / len(run)
-                part = judge(run, rows.loc[rows.index.repeat(len(seeds))].reset_index(drop=True))
-                write_part(part, path, {**settings, "seconds": seconds})
-            part, note = read_part(path, settings)
-            tables.append(part.assign(strategy=name, seconds=note["seconds"]))
-            if bar is not None:
-                bar.update(len(part))
-    return pd.concat(tables, ignore_index=True)
+            parts.append(_Part(name, rows, folder / f"{name}-{number:02d}.parquet", settings))
+    return parts
 
 
 STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
@@ -219,7 +262,7 @@ def evaluate(denoiser: Denoiser, parts: str | Path, *, steps: int = 50, progress
         "template": (template, range(2), {"cfg": always}),
         "sweep": (verbatim, range(4), sweep),
     }
-    tables = []
+    tables, progress = [], progress and processes().is_main_process
     for group, (prompts, seeds, guidances) in plan.items():
         if progress:
             print(f"{group}: {len(prompts)} prompts x {len(seeds)} seeds x {len(guidances)} guidances", flush=True)
