@@ -1,9 +1,9 @@
 """Stable Diffusion without its weights: random ones in the real layouts, to rehearse and to count.
 
-``save`` writes a tiny pipeline folder of a generation ("sd1", "sd2" with v-prediction, "sdxl"), the
-same files and classes as the real one, which `models.load` reads. ``unet`` is the U-Net in its real
-size or the tiny one; on torch's "meta" device it has no memory, and ``count`` says what it would
-take. What a stand-in paints is noise: it shows that code runs, and nothing about memorization.
+``save`` writes a pipeline folder of a generation ("sd1", "sd2" with v-prediction, "sdxl"), tiny or in
+its real size, with the same files and classes as the real one, which `models.load` reads. ``count``
+says what a prediction of the real U-Net takes, on torch's "meta" device, where it needs no memory.
+What a stand-in paints is noise: it shows that code runs, and nothing about memorization.
 """
 
 import json
@@ -59,7 +59,8 @@ _UNETS = {
     },
 }
 _TINY = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2}
-_TINY_TEXT = 16  # width of each text encoder
+_WIDTHS = {"sd1": (768,), "sd2": (1024,), "sdxl": (768, 1280)}  # of the text encoders
+_TINY_TEXT = 16  # width of each of them
 _TINY_XL = {
     "transformer_layers_per_block": (1, 1, 2),
     "addition_time_embed_dim": 8,
@@ -105,13 +106,12 @@ def _scheduler(generation: str):
     return EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading")
 
 
-def _text(words: CLIPTokenizer, kind: type, seed: int):
-    torch.manual_seed(seed)
+def _text(words: CLIPTokenizer, kind: type, width: int):
     config = CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=_TINY_TEXT,
-        intermediate_size=2 * _TINY_TEXT,
-        projection_dim=_TINY_TEXT,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
@@ -122,23 +122,25 @@ def _text(words: CLIPTokenizer, kind: type, seed: int):
     return kind(config)
 
 
-def save(generation: str, folder: str | Path, seed: int = 0) -> Path:
-    """Write a tiny pipeline of ``generation`` with random weights into ``folder``, and give it back.
+def save(generation: str, folder: str | Path, seed: int = 0, *, tiny: bool = True) -> Path:
+    """Write a pipeline of ``generation`` with random weights into ``folder``, and give it back.
 
-    Its pictures have 64 x 64 pixels, its latents 4 x 8 x 8; its words are those of the bundled world.
-    Like a folder fetched from the hub it lacks the safety checker that model_index.json lists.
+    A tiny one makes pictures of 64 x 64 pixels from latents of 4 x 8 x 8. Its words are those of the
+    bundled world, and its text encoders have two layers. Like a folder fetched from the hub it lacks
+    the safety checker that model_index.json lists.
 
     Raises ValueError for an unknown generation.
     """
     words = CLIPTokenizer.from_pretrained(data_folder() / "emoji-duplicated/tokenizer", model_max_length=TOKENS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        parts = {"vae": vae(tiny=True), "unet": unet(generation, tiny=True), "tokenizer": words}
-        parts |= {"text_encoder": _text(words, CLIPTextModel, seed + 1), "scheduler": _scheduler(generation)}
+        parts = {"vae": vae(tiny=tiny), "unet": unet(generation, tiny=tiny), "tokenizer": words}
         with torch.no_grad():
             parts["unet"].conv_out.weight.mul_(3)  # predictions of about unit size, as a trained one's
+        widths = [_TINY_TEXT if tiny else width for width in _WIDTHS[generation]]
+        parts |= {"text_encoder": _text(words, CLIPTextModel, widths[0]), "scheduler": _scheduler(generation)}
         if generation == "sdxl":
-            second = _text(words, CLIPTextModelWithProjection, seed + 2)
+            second = _text(words, CLIPTextModelWithProjection, widths[1])
             pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=words)
         else:
             unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

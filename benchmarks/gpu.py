@@ -1,0 +1,131 @@
+"""Stable Diffusion 1.4's architecture with random weights: `sample` against diffusers' pipeline at the same batch.
+
+On a GPU: 512 pixels, bfloat16, batches of 16. Alternating rounds; the figures that count are ratios
+of images per second, for CFG and for a static transition point at 500, which saves half of the
+predictions before it. Without a GPU it rehearses at tiny size, and its figures mean nothing.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --tiny --steps 4 --batch 2 --rounds 1     # anywhere, seconds
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import basinlab
+from basinlab import stand_in
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def now(device: str) -> float:
+    """The time once the device has done all that was asked of it."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class ForwardClock:
+    """Seconds spent inside a module's forward, the device waited for; it slows what it measures."""
+
+    def __init__(self, module: torch.nn.Module, device: str):
+        self.seconds, self.device = 0.0, device
+        self.hooks = [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop)]
+
+    def _start(self, *_) -> None:
+        self._began = now(self.device)
+
+    def _stop(self, *_) -> None:
+        self.seconds += now(self.device) - self._began
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def seconds_of(device: str, work) -> float:
+    began = now(device)
+    work()
+    return now(device) - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.accelerator.is_available()
+    parser.add_argument("--device", default=str(torch.accelerator.current_accelerator()) if gpu else "cpu")
+    parser.add_argument("--tiny", action="store_true", default=not gpu, help="the default where there is no GPU")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--start", type=int, default=500, help="the static transition point")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
+    options = parser.parse_args()
+
+    from diffusers import StableDiffusionPipeline
+
+    device, seeds = options.device, range(options.batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in.save("sd1", folder, tiny=options.tiny)
+        denoiser = basinlab.load(folder, device=device, dtype=getattr(torch, options.dtype))
+    # the same modules, so that memory and weights are the same
+    pipeline = StableDiffusionPipeline(
+        denoiser.vae, denoiser.text_encoder, denoiser.tokenizer, denoiser.unet, denoiser.scheduler, None, None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    common = {"steps": options.steps, "batch_size": options.batch, "record": False, "progress": False}
+
+    def theirs() -> None:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipeline(["an owl"] * options.batch, num_inference_steps=options.steps, generator=noise, output_type="pt")
+
+    def ours(guidance) -> None:
+        basinlab.sample(denoiser, "an owl", seeds, guidance, **common).images()
+
+    ways = {
+        "pipeline, CFG": theirs,
+        "basinlab, CFG": lambda: ours(basinlab.ConstantGuidance(7.5)),
+        f"basinlab, STP at {options.start}": lambda: ours(basinlab.StaticTransitionPoint(options.start, 7.5)),
+    }
+    for work in ways.values():  # warm up
+        work()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    rates = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, work in ways.items():
+            rates[name].append(options.batch / seconds_of(device, work))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else float("nan")
+    first, *others = rates
+    columns = {f"{name}, images/s": values for name, values in rates.items()}
+    for name in others:
+        columns[f"{name} / {first}"] = [a / b for a, b in zip(rates[name], rates[first], strict=True)]
+    clock = ForwardClock(denoiser.unet, device)
+    whole = seconds_of(device, ways["basinlab, CFG"])
+    clock.remove()
+    columns |= {"share of time in the U-Net": [clock.seconds / whole], "peak memory GiB": [peak]}
+    table = pd.DataFrame(
+        {
+            "figure": [*columns],
+            "median": [statistics.median(v) for v in columns.values()],
+            "lowest": [min(v) for v in columns.values()],
+            "highest": [max(v) for v in columns.values()],
+        }
+    )
+    table["machine"] = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    table["size"] = "tiny, a rehearsal" if options.tiny else "SD 1.4, random weights, 512 px"
+    options.out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.out / "gpu.csv", index=False, float_format="%.4g")
+    print(table.to_string(index=False))
+    print(f"batch {options.batch}, {options.steps} steps, {options.dtype}, {options.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
