@@ -8,6 +8,7 @@ are missing, a judge raises an error, and `perceptual_distance` and `frechet_dis
 weights cannot be bundled, warn and give None, each saying how to fetch them.
 """
 
+import hashlib
 import importlib.util
 import pickle
 import re
@@ -33,6 +34,9 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetFor
 from .models import data_folder
 
 _SSCD_URL = "https://dl.fbaipublicfiles.com/sscd-copy-detection/"
+_SSCD_SHA256 = {  # its authors give none; this one is pinned alike by several projects that fetched the file
+    "sscd_disc_mixup.torchscript.pt": "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56"
+}
 _INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -87,6 +91,20 @@ def _downloaded(what: str, url: str, path: str | Path | None = None) -> Path:
     return path
 
 
+def _check_sha256(path: Path, expected: str | None) -> None:
+    """ValueError unless the file's checksum is the expected one: TorchScript is code, and runs when it is opened."""
+    if expected is None:
+        known = ", ".join(_SSCD_SHA256)
+        raise ValueError(
+            f"no checksum is known for {path}, which is TorchScript, that is code: give it as sha256=..., "
+            f"from a source that you trust, or give {known}"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} has the SHA-256 {found}, not {expected}: it is not opened; fetch it again")
+
+
 def _hub_folder(name: str) -> Path:
     """The folder of the CLIP ``name`` in the local Hugging Face cache; says which files are missing otherwise."""
     found = {file: try_to_load_from_cache(name, file) for file in _CLIP_FILES}
@@ -121,22 +139,24 @@ class CopyDistance:
     Args:
         name: folder of the descriptor (default the bundled one, made by SSCD's recipe), or the path of
             an SSCD TorchScript file (``*.pt``), such as ``sscd_disc_mixup.torchscript.pt``. TorchScript
-            is code: only the file that you name is opened, so name one that you trust.
+            is code: only the file that you name is opened, and only once its checksum is right.
         device: where it runs.
+        sha256: of a TorchScript file; that of ``sscd_disc_mixup.torchscript.pt`` is known.
 
     An SSCD file sees pictures as its README recommends for batches: resized to 320 x 320 (bilinear,
     antialiased), whatever their aspect, and normalized with ImageNet's mean and deviation.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or a TorchScript file without a checksum, or with another one.
         OSError: a weight file is missing, truncated or corrupt.
     """
 
-    def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
+    def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu", sha256: str | None = None):
         self.name, self.device = str(name), torch.device(device)
         self._scripted = self.name.endswith(".pt")
         if self._scripted:
             path = _downloaded("SSCD weights (facebookresearch/sscd-copy-detection)", _SSCD_URL + Path(name).name, name)
+            _check_sha256(path, sha256 or _SSCD_SHA256.get(path.name))
             with _reading(path, "give one of SSCD's files named *.torchscript.pt, fetched again"):
                 self.network = torch.jit.load(path, map_location=self.device).eval()
         else:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 import sys
@@ -148,7 +149,7 @@ def test_sscd_file_sees_pictures_as_its_readme_prepares_them(tmp_path):
         ]
     )
     expected = torch.nn.functional.normalize(Descriptor()(torch.stack([prepare(i) for i in images])))
-    distance = metrics.CopyDistance(str(path))
+    distance = metrics.CopyDistance(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     torch.testing.assert_close(distance.features(pictures), expected, atol=5e-3, rtol=0)
     assert distance(pictures, pictures).abs().max() < 1e-5 and distance.name == str(path)
 
@@ -165,7 +166,18 @@ def test_damaged_sscd_file_is_named(damage, tmp_path):
     path = tmp_path / "sscd.torchscript.pt"
     path.write_bytes(b"<html>404</html>" * 99) if damage == "bytes" else torch.save({"a": torch.zeros(2)}, path)
     with pytest.raises(OSError, match=f"{path} are missing, truncated, corrupt or of another kind.*torchscript"):
-        metrics.CopyDistance(str(path))
+        metrics.CopyDistance(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_sscd_file_is_code_and_not_opened_before_its_checksum_is_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+    known, other = tmp_path / "sscd_disc_mixup.torchscript.pt", tmp_path / "sscd_other.torchscript.pt"
+    for path in (known, other):
+        torch.jit.script(Descriptor()).save(path)
+    with pytest.raises(ValueError, match=f"{known} has the SHA-256 .*not 9f26bd4c.* fetch it again"):
+        metrics.CopyDistance(str(known))
+    with pytest.raises(ValueError, match=f"no checksum is known for {other}.*sha256="):
+        metrics.CopyDistance(str(other))
 
 
 BACKBONES = {
