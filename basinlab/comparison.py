@@ -76,6 +76,38 @@ def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
     }
 
 
+def published(scale: float = 7.5, start: int = 500, opposite: float = 2.0, until: int = 650) -> dict[str, Strategy]:
+    """Each method with its authors' constants, for Stable Diffusion; a scenario says the last two of ours.
+
+    Args:
+        start: the static transition point. opposite, until: scale and end of opposite guidance.
+    """
+    cfg = ConstantGuidance(scale)
+    authors = {
+        "RNA": p.RandomNumbers(),
+        "RTA": p.RandomTokens(),
+        "CWR": p.RepeatedWords(),
+        "GNI": p.EmbeddingNoise(),
+        "Wen": p.PromptOptimization(),
+        "Ren": p.CrossAttentionMask(),
+        "CADS": p.ConditionAnnealing(),
+        "Han, per sample": p.NoiseDescent(),
+        "SAIL": p.SharpnessAwareNoise(),
+    }
+    return {
+        "CFG": Strategy(cfg),
+        "lower scale": Strategy(ConstantGuidance(scale / 2)),
+        **{name: Strategy(cfg, (perturbation,)) for name, perturbation in authors.items()},
+        "Han, batch-wise": Strategy(StaticTransitionPoint(919, scale), (p.NoiseAscent(),)),
+        "interval": Strategy(GuidanceInterval(800, 100, scale)),
+        "schedule": Strategy(ScheduledGuidance("linear", scale)),
+        "STP": Strategy(StaticTransitionPoint(start, scale)),
+        "DTP": Strategy(DynamicTransitionPoint(scale)),
+        "OG + STP": Strategy(OppositeGuidance(until, scale, opposite)),
+        "OG + DTP": Strategy(OppositeGuidance(None, scale, opposite)),
+    }
+
+
 PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")
 
 
@@ -162,6 +194,56 @@ def outcome(run: Trajectory, prompts: pd.DataFrame, judges: Judges) -> pd.DataFr
     table["calls"], table["gradient_passes"] = run.network_calls, run.gradient_passes
     table["clip"] = list(clip.half().numpy())
     return table
+
+
+def observed(
+    run: Trajectory,
+    references: Mapping[str, torch.Tensor],
+    distance: metrics.CopyDistance | None,
+    alignment: metrics.Alignment | None,
+) -> pd.DataFrame:
+    """One row a sample of ``run``, of a model of which only prompts and some pictures learned are known.
+
+    Args:
+        references: descriptors [F] of the picture learned with a prompt, by ``distance``.
+        distance, alignment: None where there are no weights for it; then the column is NaN.
+
+    Columns: prompt, seed, similarity (NaN where the prompt has no reference), clip_score, diversity,
+    the mean distance between the prompt's samples, calls, gradient_passes.
+    """
+    table, pictures = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}), run.images()
+    table[["similarity", "clip_score", "diversity"]] = np.nan
+    if distance is not None:
+        features = distance.features(pictures)
+        known = [i for i, prompt in enumerate(run.prompts) if prompt in references]
+        table.loc[known, "similarity"] = [float(features[i] @ references[run.prompts[i]]) for i in known]
+        for rows in table.groupby("prompt").indices.values():
+            table.loc[rows, "diversity"] = float(metrics.diversity(features[rows])) if len(rows) > 1 else np.nan
+    if alignment is not None:
+        table["clip_score"] = alignment.score(pictures, run.prompts).numpy()
+    table["calls"], table["gradient_passes"] = run.network_calls, run.gradient_passes
+    return table
+
+
+def published_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What the paper's tables hold, of rows of `observed`: measures of each strategy, with 95% intervals over prompts.
+
+    Columns: strategy, measure (similarity, similarity_95, clip_score, diversity), value, low, high, n, prompts.
+    """
+    rows = []
+    for strategy, part in table.groupby("strategy", sort=False):
+        for name in ("similarity", "similarity_95", "clip_score", "diversity"):
+            column = name.removesuffix("_95")
+            known = part.dropna(subset=column)
+            if known.empty:
+                continue
+            value = (
+                _quantile([rows.to_numpy() for _, rows in known.groupby("prompt")[column]])
+                if name.endswith("_95")
+                else _mean(known, column)
+            )
+            rows.append((strategy, name, *map(float, value), len(known), known["prompt"].nunique()))
+    return pd.DataFrame(rows, columns=["strategy", "measure", "value", "low", "high", "n", "prompts"])
 
 
 def tune(denoiser: Denoiser, judges: Judges, ball: Ball, folder: str | Path, seeds=range(2), steps: int = 50):

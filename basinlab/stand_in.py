@@ -7,6 +7,7 @@ What a stand-in paints is noise: it shows that code runs, and nothing about memo
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -156,20 +159,49 @@ def save(generation: str, folder: str | Path, seed: int = 0, *, tiny: bool = Tru
 
 
 class Count(NamedTuple):
-    """What one prediction of one sample takes: floating-point operations, and the U-Net's parameters."""
+    """What one prediction takes: floating-point operations, the U-Net's parameters, and the bytes that live at once."""
 
     flops: int
     parameters: int
+    activations: int
 
 
-def count(generation: str, resolution: int | None = None) -> Count:
-    """Count one prediction of the real U-Net of ``generation`` at ``resolution`` pixels (default its own)."""
+class _Live(TorchDispatchMode):
+    """The most bytes of results that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def _gone(self, size: int) -> None:
+        self.bytes -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.seen:
+                self.seen.add(storage)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+
+def count(generation: str, resolution: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Count:
+    """Count one prediction of the real U-Net of ``generation`` at ``resolution`` pixels (default its own).
+
+    Activations are those of one sample in ``dtype``, with attention written out: fused kernels need less.
+    """
     with torch.device("meta"):
         network = unet(generation)
         side = (resolution or network.config.sample_size * 8) // 8
         inputs = {"encoder_hidden_states": torch.empty(1, TOKENS, network.config.cross_attention_dim)}
         if generation == "sdxl":
             inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, 4, side, side), torch.tensor(0), **inputs)
-    return Count(counter.get_total_flops(), sum(p.numel() for p in network.parameters()))
+        latents = torch.empty(1, 4, side, side)
+        with FlopCounterMode(display=False) as counter, _Live() as live, torch.no_grad():
+            network(latents, torch.tensor(0), **inputs)
+    parameters = sum(p.numel() for p in network.parameters())
+    return Count(counter.get_total_flops(), parameters, live.peak * dtype.itemsize // 4)
