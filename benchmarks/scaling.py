@@ -32,8 +32,7 @@ def work(options: argparse.Namespace) -> None:
     strategies = {"CFG": basinlab.ConstantGuidance(5.0), "STP": basinlab.StaticTransitionPoint(500, 5.0)}
     judge = lambda run, rows: comparison.outcome(run, rows, judges)  # noqa: E731
     grid = {"block": options.block, "steps": options.steps}
-    with tempfile.TemporaryDirectory() as warm:
-        experiment.run_grid(denoiser, prompts.head(1), [0], strategies, judge, Path(warm) / "own", steps=2)
+    experiment.run_grid(denoiser, prompts.head(1), [0], strategies, judge, options.parts / "warm-up", steps=2)
     team = experiment.processes()
     team.wait_for_everyone()
     began = time.perf_counter()
