@@ -29,7 +29,8 @@ _HOMES = {
     "sampling": ("Trajectory", "Sweep", "sample", "sample_from", "sweep", "bisect"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = (*_HOMES, "basin", "metrics", "projection", "plotting", "experiment", "scorecard")
+_MODULES = (*_HOMES, "basin", "metrics", "projection", "plotting", "experiment", "scorecard", "scenarios", "downloads")
+_MODULES += ("comparison", "published", "stand_in")
 __all__ = [*_WHERE, *_MODULES]
 
 

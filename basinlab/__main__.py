@@ -1,4 +1,4 @@
-"""From the shell: ``evaluate`` a bundled checkpoint, ``tune`` the mitigations, ``compare`` them.
+"""From the shell: ``evaluate`` a bundled checkpoint, ``tune`` the mitigations, ``compare`` them; fetch ``references``.
 
 All resume, and all share their work among the processes of ``accelerate launch --module basinlab``.
 """
@@ -6,7 +6,7 @@ All resume, and all share their work among the processes of ``accelerate launch 
 import argparse
 from pathlib import Path
 
-from . import comparison, experiment, models
+from . import comparison, experiment, models, scenarios
 from .scorecard import ball_of
 
 
@@ -26,11 +26,16 @@ def main() -> None:
     for command, folder in ((tune, "build/tuning"), (compare, "build/comparison")):
         command.add_argument("--device", help="default: cpu; of several processes each its own GPU")
         command.add_argument("--parts", type=Path, default=Path(folder), help="where it resumes from")
+    references = commands.add_parser("references", help="fetch the reference pictures of scenario NAME, by their urls")
+    references.add_argument("name", help=f"one of {', '.join(scenarios.names())}, or a .yaml file")
+    references.add_argument("--folder", type=Path, help="where it resumes from (default: build/references/NAME)")
+    references.add_argument("--again", action="store_true", help="also try anew what was gone or refused")
     options = parser.parse_args()
     team = experiment.processes()
     if getattr(options, "device", None) is None:
         options.device = str(team.device) if team.num_processes > 1 else "cpu"
-    {"evaluate": run_evaluate, "tune": run_tune, "compare": run_compare}[options.command](options)
+    runs = {"evaluate": run_evaluate, "tune": run_tune, "compare": run_compare, "references": run_references}
+    runs[options.command](options)
     team.destroy_process_group()
 
 
@@ -60,6 +65,13 @@ def run_compare(options: argparse.Namespace) -> None:
         table = comparison.obtain(options.profile, options.parts, device=options.device)
         kept = f", the table of profile paper in {comparison.kept_path()}"
         team.print(f"{len(table)} samples; parts in {options.parts}{kept}")
+
+
+def run_references(options: argparse.Namespace) -> None:
+    if experiment.processes().is_main_process:
+        found = scenarios.fetch_references(scenarios.read(options.name), folder=options.folder, again=options.again)
+        counts = found["status"].value_counts()
+        print(", ".join(f"{counts.get(status, 0)} {status}" for status in ("got", "gone", "refused", "failed")))
 
 
 if __name__ == "__main__":

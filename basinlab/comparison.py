@@ -29,7 +29,7 @@ from .guidance import (
 )
 from .models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
 from .perturbation import Perturbation, Strategy, combined
-from .sampling import Trajectory, predictions
+from .sampling import Trajectory
 from .scorecard import ball_of, layout_floor, real_scenes
 
 MAIN = "emoji-duplicated"
@@ -73,38 +73,6 @@ def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
         "DTP": guided(*(DynamicTransitionPoint(scale, s, t) for s, t in ((1, 500), (0, 500), (0, 400), (0, 300)))),
         "OG + STP": guided(*(OppositeGuidance(t, scale, s) for t, s in ((750, 0.5), (700, 1), (650, 1), (650, 2)))),
         "OG + DTP": guided(*(OppositeGuidance(None, scale, s) for s in (0.25, 0.5, 1, 2))),
-    }
-
-
-def published(scale: float = 7.5, start: int = 500, opposite: float = 2.0, until: int = 650) -> dict[str, Strategy]:
-    """Each method with its authors' constants, for Stable Diffusion; a scenario says the last two of ours.
-
-    Args:
-        start: the static transition point. opposite, until: scale and end of opposite guidance.
-    """
-    cfg = ConstantGuidance(scale)
-    authors = {
-        "RNA": p.RandomNumbers(),
-        "RTA": p.RandomTokens(),
-        "CWR": p.RepeatedWords(),
-        "GNI": p.EmbeddingNoise(),
-        "Wen": p.PromptOptimization(),
-        "Ren": p.CrossAttentionMask(),
-        "CADS": p.ConditionAnnealing(),
-        "Han, per sample": p.NoiseDescent(),
-        "SAIL": p.SharpnessAwareNoise(),
-    }
-    return {
-        "CFG": Strategy(cfg),
-        "lower scale": Strategy(ConstantGuidance(scale / 2)),
-        **{name: Strategy(cfg, (perturbation,)) for name, perturbation in authors.items()},
-        "Han, batch-wise": Strategy(StaticTransitionPoint(919, scale), (p.NoiseAscent(),)),
-        "interval": Strategy(GuidanceInterval(800, 100, scale)),
-        "schedule": Strategy(ScheduledGuidance("linear", scale)),
-        "STP": Strategy(StaticTransitionPoint(start, scale)),
-        "DTP": Strategy(DynamicTransitionPoint(scale)),
-        "OG + STP": Strategy(OppositeGuidance(until, scale, opposite)),
-        "OG + DTP": Strategy(OppositeGuidance(None, scale, opposite)),
     }
 
 
@@ -196,56 +164,6 @@ def outcome(run: Trajectory, prompts: pd.DataFrame, judges: Judges) -> pd.DataFr
     return table
 
 
-def observed(
-    run: Trajectory,
-    references: Mapping[str, torch.Tensor],
-    distance: metrics.CopyDistance | None,
-    alignment: metrics.Alignment | None,
-) -> pd.DataFrame:
-    """One row a sample of ``run``, of a model of which only prompts and some pictures learned are known.
-
-    Args:
-        references: descriptors [F] of the picture learned with a prompt, by ``distance``.
-        distance, alignment: None where there are no weights for it; then the column is NaN.
-
-    Columns: prompt, seed, similarity (NaN where the prompt has no reference), clip_score, diversity,
-    the mean distance between the prompt's samples, calls, gradient_passes.
-    """
-    table, pictures = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}), run.images()
-    table[["similarity", "clip_score", "diversity"]] = np.nan
-    if distance is not None:
-        features = distance.features(pictures)
-        known = [i for i, prompt in enumerate(run.prompts) if prompt in references]
-        table.loc[known, "similarity"] = [float(features[i] @ references[run.prompts[i]]) for i in known]
-        for rows in table.groupby("prompt").indices.values():
-            table.loc[rows, "diversity"] = float(metrics.diversity(features[rows])) if len(rows) > 1 else np.nan
-    if alignment is not None:
-        table["clip_score"] = alignment.score(pictures, run.prompts).numpy()
-    table["calls"], table["gradient_passes"] = run.network_calls, run.gradient_passes
-    return table
-
-
-def published_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What the paper's tables hold, of rows of `observed`: measures of each strategy, with 95% intervals over prompts.
-
-    Columns: strategy, measure (similarity, similarity_95, clip_score, diversity), value, low, high, n, prompts.
-    """
-    rows = []
-    for strategy, part in table.groupby("strategy", sort=False):
-        for name in ("similarity", "similarity_95", "clip_score", "diversity"):
-            column = name.removesuffix("_95")
-            known = part.dropna(subset=column)
-            if known.empty:
-                continue
-            value = (
-                _quantile([rows.to_numpy() for _, rows in known.groupby("prompt")[column]])
-                if name.endswith("_95")
-                else _mean(known, column)
-            )
-            rows.append((strategy, name, *map(float, value), len(known), known["prompt"].nunique()))
-    return pd.DataFrame(rows, columns=["strategy", "measure", "value", "low", "high", "n", "prompts"])
-
-
 def tune(denoiser: Denoiser, judges: Judges, ball: Ball, folder: str | Path, seeds=range(2), steps: int = 50):
     """Every setting of every contender on the held-out prompts.
 
@@ -322,11 +240,7 @@ class Task:
 
     def predictions(self, denoiser: Denoiser, steps: int) -> int:
         """At most so many network predictions, a differentiated one counted as three."""
-        each = 0
-        for strategy in self.strategies.values():
-            each += predictions(strategy.guidance, denoiser, steps) + sum(
-                q.most_predictions() for q in strategy.perturbations
-            )
+        each = sum(strategy.predictions(denoiser, steps) for strategy in self.strategies.values())
         return len(self.prompts) * len(self.seeds) * each
 
 
@@ -486,16 +400,16 @@ def _measured(part: pd.DataFrame, reference: torch.Tensor):
             value = float(metrics.cmmd(features, reference, groups=prompts))
             low, high = metrics.mmd_interval(features, prompts, reference)
         elif name == "similarity_95":
-            value, low, high = _quantile([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
+            value, low, high = quantile_interval([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
         else:
-            value, low, high = _mean(part, name)
+            value, low, high = mean_interval(part, name)
         yield {"measure": name, "value": value, "low": float(low), "high": float(high), **count}
     for name in ("calls", "gradient_passes", "seconds"):
         value = part[name].mean()
         yield {"measure": name, "value": value, "low": value, "high": value, **count}
 
 
-def _mean(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
+def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
     """Mean of a column, bootstrapped over prompts; where all samples of a share agree, Wilson's interval."""
     means = part.groupby("prompt")[name].mean().to_numpy(float)
     low, high = bootstrap_interval(means, resamples=1000)
@@ -504,7 +418,7 @@ def _mean(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
     return means.mean(), float(low), float(high)
 
 
-def _quantile(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
+def quantile_interval(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
     """The q-quantile of all values, and its interval over the prompts that they are listed by."""
     statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
     everyone = np.arange(len(values))
@@ -531,7 +445,7 @@ def trade_off(table: pd.DataFrame) -> pd.DataFrame:
         method, setting = name.rsplit(" #", 1)
         row = {"method": method, "setting": int(setting), "n": len(part)}
         for label, column in (("copied", "copied"), ("right", "object_right")):
-            row |= dict(zip((label, f"{label}_low", f"{label}_high"), _mean(part, column), strict=True))
+            row |= dict(zip((label, f"{label}_low", f"{label}_high"), mean_interval(part, column), strict=True))
         found.append(row)
     return pd.DataFrame(found)
 

@@ -35,22 +35,41 @@ from .sampling import Sweep, Trajectory, initial_noise, sample
 
 
 def read_part(path: Path, expected: dict) -> tuple[pd.DataFrame, dict]:
-    """A part, after checking that it belongs to this grid, and what is noted in it."""
+    """A part, after checking that it is whole and belongs to this grid, and what is noted in it.
+
+    Raises OSError when it is damaged, ValueError when its settings are others. Parts written before there
+    were checksums have none to check.
+    """
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        arrow = pq.read_table(path)
+        metadata, table = arrow.schema.metadata or {}, arrow.to_pandas()
+        noted = metadata.get(b"basinlab", b"{}")
+        found = dict(json.loads(noted))
+        if b"sha256" in metadata and metadata[b"sha256"] != _digest(table, noted):
+            raise ValueError("its checksum is another")
+    except Exception as error:  # of damaged bytes, arrow and pandas raise of all sorts
         raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error
-    found = json.loads((table.schema.metadata or {}).get(b"basinlab", b"{}"))
     different = [key for key in expected if found.get(key) != expected[key]]
     if different:
         raise ValueError(f"{path} was made with another {', '.join(different)}: delete it, or give another folder")
-    return table.to_pandas(), found
+    return table, found
+
+
+def _digest(table: pd.DataFrame, noted: bytes) -> bytes:
+    """The checksum that a part holds, of its table as pandas reads it and of what is noted in it."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata().combine_chunks()
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_stream(content, arrow.schema) as stream:
+        stream.write_table(arrow)
+    return hashlib.sha256(noted + content.getvalue()).hexdigest().encode()
 
 
 def write_part(table: pd.DataFrame, path: Path, settings: dict) -> None:
     """Write ``table`` with its ``settings`` inside, whole or not at all."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"basinlab": json.dumps(settings).encode()})
+    noted = json.dumps(settings).encode()
+    note = {b"basinlab": noted, b"sha256": _digest(arrow.to_pandas(), noted)}
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **note})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(arrow, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -148,6 +167,20 @@ class _Part:
     settings: dict
 
 
+def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Which of the tasks with ``costs`` each process does, the dearest first: each goes to who has least so far.
+
+    >>> shares([1, 1, 4, 1, 1], 2)
+    [[2], [0, 1, 3, 4]]
+    """
+    loads, found = [0.0] * processes, [[] for _ in range(processes)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        found[least].append(i)
+        loads[least] += costs[i]
+    return found
+
+
 def run_grid(
     denoiser: Denoiser,
     prompts: pd.DataFrame,
@@ -190,7 +223,10 @@ def run_grid(
     show()
     team = processes()
     missing = [i for i, part in enumerate(parts) if part.path not in done]
-    for i in broadcast_object_list([missing])[0][team.process_index :: team.num_processes]:  # the first one's list
+    missing = broadcast_object_list([missing])[0]  # the first process's list: others may have come later
+    each = {name: strategy.predictions(denoiser, steps) for name, strategy in strategies.items()}
+    costs = [each[parts[i].strategy] * len(parts[i].rows) for i in missing]
+    for i in (missing[n] for n in shares(costs, team.num_processes)[team.process_index]):
         part, strategy = parts[i], strategies[parts[i].strategy]
         began = time.perf_counter()
         run = sample(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .guidance import describe
 from .models import Denoiser
-from .sampling import Perturbation, State
+from .sampling import Perturbation, State, predictions
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Strategy:
             "guidance": describe(self.guidance),
             "perturbations": [{"name": type(p).__name__, **asdict(p)} for p in self.perturbations],
         }
+
+    def predictions(self, denoiser: Denoiser, steps: int = 50) -> int:
+        """At most so many network predictions a sample, a differentiated one counted as three."""
+        return predictions(self.guidance, denoiser, steps) + sum(p.most_predictions() for p in self.perturbations)
 
 
 def _key(perturbation: Perturbation, seed: int, *more: int) -> list[int]:

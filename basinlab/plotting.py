@@ -535,6 +535,23 @@ def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def costs(table: pd.DataFrame) -> Figure:
+    """Predictions of each ``part`` of the work in each ``size``, side by side on a logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(6.6, 2.6))
+    parts = list(dict.fromkeys(table["part"]))
+    for size, rows in table.groupby("size", sort=False):
+        axis.plot(rows["predictions"], [parts.index(part) for part in rows["part"]], "o", label=size)
+    for row in table.itertuples():
+        place = (row.predictions, parts.index(row.part))
+        axis.annotate(f"{row.predictions:,}", place, (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    axis.set(xscale="log", xlabel="predictions of the U-Net, at most", yticks=range(len(parts)), yticklabels=parts)
+    axis.set_ylim(len(parts) - 0.6, -0.7)
+    axis.margins(x=0.15)
+    axis.legend(loc="upper right")
+    figure.tight_layout()
+    return figure
+
+
 def together(table: pd.DataFrame, label: str) -> Figure:
     """Each prior method alone and with other guidance: columns prior, other, value, low, high."""
     priors = list(dict.fromkeys(table["prior"]))

@@ -7,6 +7,8 @@ What a stand-in paints is noise: it shows that code runs, and nothing about memo
 """
 
 import json
+import math
+import time
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .models import data_folder
+from .models import Denoiser, data_folder
 
 GENERATIONS = ("sd1", "sd2", "sdxl")
 TOKENS = 77
@@ -189,19 +191,33 @@ class _Live(TorchDispatchMode):
         return result
 
 
-def count(generation: str, resolution: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Count:
-    """Count one prediction of the real U-Net of ``generation`` at ``resolution`` pixels (default its own).
+def count(model: str | Denoiser, resolution: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Count:
+    """Count one prediction of a U-Net: of a denoiser's, or of the real one of a generation at ``resolution`` pixels.
 
     Activations are those of one sample in ``dtype``, with attention written out: fused kernels need less.
     """
     with torch.device("meta"):
-        network = unet(generation)
-        side = (resolution or network.config.sample_size * 8) // 8
+        network = unet(model) if isinstance(model, str) else UNet2DConditionModel.from_config(model.unet.config)
+        side = resolution // 8 if resolution else network.config.sample_size
+        if not isinstance(model, str):
+            side = model.latent_shape[-1]
         inputs = {"encoder_hidden_states": torch.empty(1, TOKENS, network.config.cross_attention_dim)}
-        if generation == "sdxl":
-            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        if pooled := network.config.projection_class_embeddings_input_dim:
+            pooled -= 6 * network.config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         latents = torch.empty(1, 4, side, side)
         with FlopCounterMode(display=False) as counter, _Live() as live, torch.no_grad():
             network(latents, torch.tensor(0), **inputs)
     parameters = sum(p.numel() for p in network.parameters())
     return Count(counter.get_total_flops(), parameters, live.peak * dtype.itemsize // 4)
+
+
+def machine_rate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, side: int = 2048) -> float:
+    """Floating-point operations a second of a product of square matrices, the best of five: what can be had here."""
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
