@@ -15,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 .DELETE_ON_ERROR:
-.PHONY: help setup figures test lab world evaluate tune compare benchmarks lint clean
+.PHONY: help setup figures test lab world evaluate tune compare bench site lint clean
 
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
@@ -28,7 +28,8 @@ help:
 	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
 	@echo "make tune     try the settings of every mitigation  (9 minutes on 2 cores; resumes)"
 	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
-	@echo "make benchmarks  time sampling and sweep against diffusers' pipeline (half an hour)"
+	@echo "make site     pages of the notebooks, in build/site (seconds)"
+	@echo "make bench    time it all against diffusers' pipeline and this machine's limits (about an hour)"
 	@echo "make lint     ruff only                           (seconds)"
 	@echo "make clean    remove .venv and caches, not build/ (seconds)"
 
@@ -83,11 +84,14 @@ compare: $(INSTALLED)
 	@echo "compare: sampling all mitigations in profile $(PROFILE) (stop it and call again to go on)"
 	@$(PY) -m basinlab compare --profile $(PROFILE)
 
-benchmarks: $(INSTALLED)
-	@echo "benchmarks: sampling and sweep against diffusers' pipeline (half an hour alone on 2 cores)"
-	@$(PY) benchmarks/sampling.py
-	@$(PY) benchmarks/sweep.py
-	@$(PY) benchmarks/sweep.py --dtype bfloat16
+site: $(INSTALLED)
+	@echo "site: making pages of the notebooks as they are committed (seconds)"
+	@$(PY) -m sphinx -q -W -c notebooks/site notebooks build/site
+	@echo "site: open build/site/index.html"
+
+bench: $(INSTALLED)
+	@echo "bench: all benchmarks, one table in benchmarks/results (about an hour alone on 2 cores)"
+	@$(PY) benchmarks/all.py
 
 # build/ stays: it may hold hours of training.
 clean:

@@ -10,49 +10,14 @@ predictions before it. Without a GPU it rehearses at tiny size, and its figures 
 
 import argparse
 import platform
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
-import pandas as pd
 import torch
+from common import RESULTS, ForwardClock, seconds_of, write
 
 import basinlab
 from basinlab import stand_in
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def now(device: str) -> float:
-    """The time once the device has done all that was asked of it."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-class ForwardClock:
-    """Seconds spent inside a module's forward, the device waited for; it slows what it measures."""
-
-    def __init__(self, module: torch.nn.Module, device: str):
-        self.seconds, self.device = 0.0, device
-        self.hooks = [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop)]
-
-    def _start(self, *_) -> None:
-        self._began = now(self.device)
-
-    def _stop(self, *_) -> None:
-        self.seconds += now(self.device) - self._began
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-def seconds_of(device: str, work) -> float:
-    began = now(device)
-    work()
-    return now(device) - began
 
 
 def main() -> None:
@@ -101,30 +66,20 @@ def main() -> None:
     rates = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, work in ways.items():
-            rates[name].append(options.batch / seconds_of(device, work))
+            rates[name].append(options.batch / seconds_of(work, device))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else float("nan")
     first, *others = rates
     columns = {f"{name}, images/s": values for name, values in rates.items()}
     for name in others:
         columns[f"{name} / {first}"] = [a / b for a, b in zip(rates[name], rates[first], strict=True)]
     clock = ForwardClock(denoiser.unet, device)
-    whole = seconds_of(device, ways["basinlab, CFG"])
+    whole = seconds_of(ways["basinlab, CFG"], device)
     clock.remove()
     columns |= {"share of time in the U-Net": [clock.seconds / whole], "peak memory GiB": [peak]}
-    table = pd.DataFrame(
-        {
-            "figure": [*columns],
-            "median": [statistics.median(v) for v in columns.values()],
-            "lowest": [min(v) for v in columns.values()],
-            "highest": [max(v) for v in columns.values()],
-        }
-    )
-    table["machine"] = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    table["size"] = "tiny, a rehearsal" if options.tiny else "SD 1.4, random weights, 512 px"
-    options.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.out / "gpu.csv", index=False, float_format="%.4g")
-    print(table.to_string(index=False))
-    print(f"batch {options.batch}, {options.steps} steps, {options.dtype}, {options.rounds} rounds")
+    machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    size = "a rehearsal at tiny size" if options.tiny else "SD 1.4's architecture, random weights, 512 px"
+    note = f"{size}, batch {options.batch}, {options.steps} steps, {options.dtype}, on {machine}"
+    write("gpu", columns, note, options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sampling against a loop of diffusers' own pipeline at batch 1, in one run.
+"""Sampling against diffusers' own pipeline, one picture a call and as many as ours, in one run.
 
 Both draw the same (prompt, seed) pairs with the same steps and guidance scale, decoded pictures
 included, in alternating rounds; the figure that counts is the ratio of images per second. Also
@@ -9,33 +9,14 @@ reported: the share of our time inside the U-Net's forward, and the process's pe
 
 import argparse
 import resource
-import statistics
 import sys
 import time
-from pathlib import Path
 
-import pandas as pd
 import torch
+from common import ForwardClock, by_column, write
 
 import basinlab
 from basinlab.models import Denoiser
-
-RESULTS = Path(__file__).parent / "results"
-
-
-class ForwardClock:
-    """Seconds spent inside a module's forward."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.seconds = 0.0
-        module.register_forward_pre_hook(self._start)
-        module.register_forward_hook(self._stop)
-
-    def _start(self, *_) -> None:
-        self._began = time.perf_counter()
-
-    def _stop(self, *_) -> None:
-        self.seconds += time.perf_counter() - self._began
 
 
 def ours(denoiser: Denoiser, prompts: list[str], seeds: range, scale: float, steps: int) -> float:
@@ -44,6 +25,15 @@ def ours(denoiser: Denoiser, prompts: list[str], seeds: range, scale: float, ste
     guidance = basinlab.ConstantGuidance(scale)
     basinlab.sample(denoiser, prompts, seeds, guidance, steps=steps, record=False, progress=False).images()
     return len(prompts) * len(seeds) / (time.perf_counter() - began)
+
+
+def batched(pipeline, prompt: str, count: int, scale: float, steps: int) -> float:
+    """Images per second of the pipeline, called once for ``count`` of them."""
+    began = time.perf_counter()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "generator": generators, "output_type": "np"}
+    pipeline([prompt] * count, **options)
+    return count / (time.perf_counter() - began)
 
 
 def loop(pipeline, pairs: list[tuple[str, int]], scale: float, steps: int) -> float:
@@ -64,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loop-images", type=int, default=8, help="images a round of the slower side")
     parser.add_argument("--scale", type=float, default=7.5)
+    parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
 
     from diffusers import StableDiffusionPipeline
@@ -82,24 +73,23 @@ def main() -> None:
         fast = ours(denoiser, part, range(options.seeds), options.scale, options.steps)
         inside = clock.seconds * fast / (len(part) * options.seeds)
         slow = loop(pipeline, pairs, options.scale, options.steps)
-        rows.append({"basinlab images/s": fast, "pipeline images/s": slow, "ratio": fast / slow, "in U-Net": inside})
+        same = batched(pipeline, prompts[number], options.batch_size, options.scale, options.steps)
+        rows.append(
+            {
+                "basinlab images/s": fast,
+                "pipeline images/s, one a call": slow,
+                "pipeline images/s, same batch": same,
+                "basinlab / pipeline, one a call": fast / slow,
+                "basinlab / pipeline, same batch": fast / same,
+                "share of our time in the U-Net": inside,
+            }
+        )
         print(rows[-1], flush=True)
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-    columns = {k: [r[k] for r in rows] for k in rows[0]}
-    table = pd.DataFrame(
-        {
-            "figure": [*columns, "peak memory GiB"],
-            "median": [*(statistics.median(v) for v in columns.values()), peak],
-            "lowest": [*(min(v) for v in columns.values()), peak],
-            "highest": [*(max(v) for v in columns.values()), peak],
-        }
-    )
-    RESULTS.mkdir(exist_ok=True)
-    table.to_csv(RESULTS / "sampling.csv", index=False, float_format="%.4g")
-    print(table.to_string(index=False))
-    runs = f"{options.prompts} prompts x {options.seeds} seeds, {options.steps} steps"
-    print(f"{runs}, {torch.get_num_threads()} threads")
+    runs = f"{options.prompts} prompts x {options.seeds} seeds, {options.steps} steps, batches of {options.batch_size}"
+    columns = {**by_column(rows), "peak memory GiB": [peak]}
+    write("sampling", columns, f"{runs}, float32, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

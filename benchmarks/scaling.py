@@ -9,16 +9,13 @@ when all of them have their weights to the moment when the table is whole.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import pandas as pd
-
-RESULTS = Path(__file__).parent / "results"
+from common import by_column, write
 
 
 def work(options: argparse.Namespace) -> None:
@@ -85,21 +82,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    columns = {k: [r[k] for r in rows] for k in rows[0]}
-    table = pd.DataFrame(
-        {
-            "figure": [*columns],
-            "median": [statistics.median(v) for v in columns.values()],
-            "lowest": [min(v) for v in columns.values()],
-            "highest": [max(v) for v in columns.values()],
-        }
-    )
-    RESULTS.mkdir(exist_ok=True)
-    table.to_csv(RESULTS / "scaling.csv", index=False, float_format="%.4g")
-    print(table.to_string(index=False))
-    print(
-        f"{options.prompts} prompts x {options.seeds} seeds x 2 strategies, {options.steps} steps, one thread a process"
-    )
+    runs = f"{options.prompts} prompts x {options.seeds} seeds x 2 strategies, {options.steps} steps"
+    write("scaling", by_column(rows), f"{runs}, one thread a process")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,16 @@ time), our own batched `sample` once for each start time, `sweep`, and, where on
 points are wanted, `transition_points_by_bisection`. Alternating rounds; the figures that count are
 ratios of time for the same pictures (for the bisection, of the same points).
 
-    python benchmarks/sweep.py --prompts 12 --seeds 2 --dtype float32
+    python benchmarks/sweep.py --prompts 36 --seeds 2 --dtype float32
 """
 
 import argparse
-import statistics
-import time
-from pathlib import Path
 
-import pandas as pd
 import torch
+from common import by_column, seconds_of, write
 
 import basinlab
 from basinlab import basin, metrics
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def official_way(denoiser, prompt: str, seed: int, start: int, scale: float, steps: int) -> None:
@@ -38,16 +33,10 @@ def official_way(denoiser, prompt: str, seed: int, start: int, scale: float, ste
         denoiser.decode(latents)
 
 
-def timed(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="emoji-duplicated", help="checkpoint")
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--every", type=int, default=2, help="one start time every so many steps, and never")
     parser.add_argument("--steps", type=int, default=50)
@@ -86,12 +75,12 @@ def main() -> None:
             basin.transition_points_by_bisection(denoiser, prompts, seeds, attractors, *rest, after=guidance, **common)
 
         seconds = {
-            "official": timed(official) / len(chosen) * pictures,
-            "apart": timed(apart),
-            "sweep": timed(
+            "official": seconds_of(official) / len(chosen) * pictures,
+            "apart": seconds_of(apart),
+            "sweep": seconds_of(
                 lambda p=prompts: basinlab.sweep(denoiser, p, seeds, starts, after=guidance, **common).images()
             ),
-            "bisection": timed(points),
+            "bisection": seconds_of(points),
         }
         rows.append(
             {
@@ -102,20 +91,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    columns = {k: [r[k] for r in rows] for k in rows[0]}
-    found = pd.DataFrame(
-        {
-            "figure": [*columns],
-            "median": [statistics.median(v) for v in columns.values()],
-            "lowest": [min(v) for v in columns.values()],
-            "highest": [max(v) for v in columns.values()],
-        }
-    )
-    RESULTS.mkdir(exist_ok=True)
-    found.to_csv(RESULTS / f"sweep-{options.dtype}.csv", index=False, float_format="%.4g")
-    print(found.to_string(index=False))
     runs = f"{options.prompts} prompts x {options.seeds} seeds x {len(starts)} start times"
-    print(f"{runs}, {options.dtype}, {torch.get_num_threads()} threads")
+    write(f"sweep-{options.dtype}", by_column(rows), f"{runs}, {options.dtype}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The pages of ``make site``: all there, linked, searchable, with pictures, and readable on a phone."""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))] + ["facilitating", "index"]
+WIDTHS = {"phone": 390, "desktop": 1280}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# loads a page in a frame of a device's width and writes down what a reader would meet
+HARNESS = """<iframe id=f style="border:0;width:{width}px;height:900px" src="{page}.html"></iframe><pre id=out></pre>
+<script>f.onload = () => setTimeout(() => {{
+  const d = f.contentDocument, w = f.contentWindow, seen = e => e.getBoundingClientRect();
+  const pictures = [...d.querySelectorAll("article img")];
+  out.textContent = JSON.stringify({{
+    over: d.documentElement.scrollWidth - w.innerWidth,
+    heading: seen(d.querySelector("article h1")).width,
+    broken: pictures.filter(i => i.complete && !i.naturalWidth && !i.src.startsWith("http")).length,
+    wide: pictures.filter(i => seen(i).right > w.innerWidth + 1).length,
+    pictures: pictures.length,
+  }});
+}}, 800);</script>"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", "notebooks/site", "notebooks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Links(HTMLParser):
+    """Local targets of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src") and value and not re.match(r"[a-z]+:|#|//", value):
+                self.found.append(value.split("#")[0].split("?")[0])
+
+
+def test_every_notebook_is_a_page_in_the_contents_and_the_search(site):
+    index, words = (site / "index.html").read_text(), (site / "searchindex.js").read_text()
+    assert all(f'href="{page}.html"' in index for page in PAGES if page != "index")
+    assert all(f'"{page}"' in words for page in PAGES)
+    assert "funnel" in words
+
+
+def test_no_link_or_picture_within_the_pages_is_broken(site):
+    missing = {
+        (page, link)
+        for page in PAGES
+        for link in Links((site / f"{page}.html").read_text()).found
+        if link and not (site / link).exists()
+    }
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def server(site):
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the pages are not looked at in a browser")
+@pytest.mark.parametrize("device", WIDTHS)
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_fit_the_device(page, device, site, server, tmp_path):
+    (site / f"harness-{page}-{device}.html").write_text(HARNESS.format(width=WIDTHS[device], page=page))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += [
+        "--disable-sync",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path}",
+        "--window-size=1400,1000",
+    ]
+    options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
+    command = [BROWSER, *options, f"{server}/harness-{page}-{device}.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = re.search(r'<pre id="out">({.*?})</pre>', done.stdout)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    seen = json.loads(found[1])
+    assert seen["over"] <= 0 and seen["heading"] > 200 and seen["broken"] == 0 and seen["wide"] == 0, seen
+    assert seen["pictures"] > 0 or page == "facilitating"
