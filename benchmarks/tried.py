@@ -1,0 +1,73 @@
+"""What might make the U-Net faster here, each against the plain one in the same run; results must stay near.
+
+python benchmarks/tried.py
+"""
+
+import argparse
+import copy
+from functools import partial
+
+import torch
+from common import seconds_of, write
+
+import basinlab
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="emoji-duplicated", help="checkpoint")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of one call: two predictions of 32 samples")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    denoiser = basinlab.load(options.name)
+    unet, latents = denoiser.unet, torch.randn(options.batch_size, *denoiser.latent_shape)
+    embedding = denoiser.embed([""]).expand(options.batch_size, -1, -1).contiguous()
+
+    def run(network, dtype=torch.float32, layout=torch.contiguous_format):
+        x = latents.to(dtype=dtype, memory_format=layout)
+        return network(x, 500, encoder_hidden_states=embedding.to(dtype), return_dict=False)[0]
+
+    def threads(count: int):
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            return run(unet)
+        finally:
+            torch.set_num_threads(before)
+
+    def without_inference_mode():
+        with torch.inference_mode(False), torch.no_grad():
+            return run(unet)
+
+    def split():
+        return torch.cat([denoiser(x, 500, e) for x, e in zip(latents.chunk(2), embedding.chunk(2), strict=True)])
+
+    last = torch.channels_last
+    fused = copy.deepcopy(unet)
+    fused.fuse_qkv_projections()
+    ways = {
+        "bfloat16": partial(run, copy.deepcopy(unet).to(torch.bfloat16), torch.bfloat16),
+        "channels_last": partial(run, copy.deepcopy(unet).to(memory_format=last), layout=last),
+        "both": partial(run, copy.deepcopy(unet).to(torch.bfloat16, memory_format=last), torch.bfloat16, last),
+        "torch.compile": partial(run, torch.compile(copy.deepcopy(unet))),
+        "query, key and value fused": partial(run, fused),
+        "no_grad instead of inference_mode": without_inference_mode,
+        "one thread": partial(threads, 1),
+        "two predictions in two calls": split,
+    }
+    columns = {}
+    with torch.inference_mode():
+        plain = run(unet)
+        for name, way in ways.items():
+            try:
+                error = (way() - plain).abs().max() / plain.abs().max()  # also warms up
+            except Exception as failure:  # a compiler that is not there, say: what was tried is told all the same
+                print(f"{name}: did not run, {type(failure).__name__}: {str(failure).splitlines()[0]}")
+                continue
+            ratios = [seconds_of(lambda: run(unet)) / seconds_of(way) for _ in range(options.rounds)]
+            columns |= {f"{name}: times as fast": ratios, f"{name}: largest difference": [float(error)]}
+    write("tried", columns, f"the U-Net alone, {options.batch_size} rows, differences relative to the largest value")
+
+
+if __name__ == "__main__":
+    main()
