@@ -15,15 +15,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     evaluate = commands.add_parser("evaluate", help="write NAME's evaluation.parquet (about 15 minutes on 2 cores)")
     evaluate.add_argument("name", nargs="?", default="emoji-duplicated")
-    evaluate.add_argument("--device", help="default: cpu; of several processes each its own GPU")
-    evaluate.add_argument("--parts", type=Path, default=Path("build/evaluation"), help="where it resumes from")
     tune = commands.add_parser(
         "tune", help="try all settings of all mitigations on held-out prompts (about 10 minutes)"
     )
     compare = commands.add_parser("compare", help="sample the comparison of all mitigations")
     compare.add_argument("--profile", choices=sorted(comparison.PROFILES), default="reader", help="how much")
     compare.add_argument("--dry-run", action="store_true", help="print the plan and its cost, sample nothing")
-    for command, folder in ((tune, "build/tuning"), (compare, "build/comparison")):
+    for command, folder in ((evaluate, "build/evaluation"), (tune, "build/tuning"), (compare, "build/comparison")):
         command.add_argument("--device", help="default: cpu; of several processes each its own GPU")
         command.add_argument("--parts", type=Path, default=Path(folder), help="where it resumes from")
     references = commands.add_parser("references", help="fetch the reference pictures of scenario NAME, by their urls")

@@ -31,7 +31,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms.functional import normalize, resize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
-from .models import data_folder
+from .models import HUB_ID, RESTORE, data_folder
 
 _SSCD_URL = "https://dl.fbaipublicfiles.com/sscd-copy-detection/"
 _SSCD_SHA256 = {  # its authors give none; this one is pinned alike by several projects that fetched the file
@@ -122,14 +122,14 @@ def _model_folder(name: str, wants: str, hub: bool = False) -> Path:
     for folder in (Path(name), data_folder() / name):
         if (folder / "config.json").exists():
             return folder
-    if hub and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if hub and re.fullmatch(HUB_ID, name):
         return _hub_folder(name)
     raise ValueError(f"no {wants} in {name!r} or {data_folder() / name}: restore it with `git checkout -- data`")
 
 
 def _load(kind, folder: Path):
     """A model in float32 for judging, or an error that names the damaged folder."""
-    with _reading(folder, "restore that folder, for a bundled one with `git checkout -- data`"):
+    with _reading(folder, RESTORE):
         return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
 
 

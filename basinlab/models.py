@@ -52,6 +52,8 @@ def known_names() -> list[str]:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a U-Net's or VAE's weights
 TEXT_WEIGHTS = "model.safetensors"  # transformers' name
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+RESTORE = "restore that folder, for a bundled one with `git checkout -- data`"
 
 
 class Denoiser:
@@ -262,19 +264,16 @@ class StableDiffusionXL(StableDiffusion):
         return self._predicted(latents, timestep, inputs, None if token_scale is None else token_scale[:, :-1])
 
 
-_UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 _KINDS = {  # diffusers' class, ours, and how to load it without what is not needed
-    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusion, _UNCHECKED),
+    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusion, UNCHECKED),
     "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, StableDiffusionXL, {"add_watermarker": False}),
 }
 
 
-_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-
-
 def _cached(name: str) -> Path | None:
     """The snapshot of hub id ``name`` in the Hugging Face cache, if there is one."""
-    index = try_to_load_from_cache(name, "model_index.json") if re.fullmatch(_HUB_ID, name) else None
+    index = try_to_load_from_cache(name, "model_index.json") if re.fullmatch(HUB_ID, name) else None
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -286,7 +285,7 @@ def _folder(name: str) -> Path:
     known = f"no checkpoint {name!r}: it is neither a folder nor one of the bundled {known_names()} in {data_folder()}"
     if folder := _cached(name):
         return folder
-    if not re.fullmatch(_HUB_ID, name):
+    if not re.fullmatch(HUB_ID, name):
         raise ValueError(known)
     raise ValueError(
         f"{known}, and the Hugging Face cache {constants.HF_HUB_CACHE} has no model_index.json of it: "
@@ -410,8 +409,7 @@ def _pipeline(name: str, folder: Path, dtype: torch.dtype):
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
     theirs, ours, options = _KINDS[parts["_class_name"]]
-    restoring = "restore that folder, for a bundled one with `git checkout -- data`"
-    _check_files(folder, parts, f"fetch it with {_fetching(name)}" if folder == _cached(name) else restoring)
+    _check_files(folder, parts, f"fetch it with {_fetching(name)}" if folder == _cached(name) else RESTORE)
     with _reading(folder):
         pipeline = theirs.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
@@ -441,8 +439,7 @@ def _reading(folder: Path):
         yield
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise OSError(
-            f"a file of the checkpoint in {folder} is missing, truncated or corrupt ({error}); "
-            "restore that folder, for a bundled one with `git checkout -- data`"
+            f"a file of the checkpoint in {folder} is missing, truncated or corrupt ({error}); {RESTORE}"
         ) from error
 
 

@@ -122,13 +122,12 @@ def judges(scenario: Scenario, prompts: pd.DataFrame, device: str | torch.device
     return Judges(distance, alignment, references, tuple(notices))
 
 
-def similarity(pictures: Tensor, prompts: Sequence[str], judging: Judges) -> Tensor:
-    """Of pictures [B, 3, height, width] to the nearest reference of their prompt, [B]; NaN where it has none."""
-    found = torch.full((len(pictures),), torch.nan)
-    if judging.distance is not None:
-        for i, features in enumerate(judging.distance.features(pictures)):
-            if prompts[i] in judging.references:
-                found[i] = (judging.references[prompts[i]] @ features).max()
+def similarity(features: Tensor, prompts: Sequence[str], judging: Judges) -> Tensor:
+    """Of pictures with descriptors [B, F] to the nearest reference of their prompt, [B]; NaN where it has none."""
+    found = torch.full((len(features),), torch.nan)
+    for i, prompt in enumerate(prompts):
+        if prompt in judging.references:
+            found[i] = (judging.references[prompt] @ features[i]).max()
     return found
 
 
@@ -137,7 +136,10 @@ def swept(sweep: Sweep, judging: Judges) -> pd.DataFrame:
     count = len(sweep.starts)
     table = pd.DataFrame({"prompt": np.repeat(sweep.prompts, count), "seed": np.repeat(sweep.seeds, count)})
     table["start"] = np.tile(sweep.starts, len(sweep))
-    table["similarity"] = similarity(sweep.images().flatten(0, 1), table["prompt"].tolist(), judging)
+    table["similarity"] = np.nan
+    if judging.distance is not None:
+        features = judging.distance.features(sweep.images().flatten(0, 1))
+        table["similarity"] = similarity(features, table["prompt"].tolist(), judging)
     table["inside"] = table["similarity"] > COPY
     return table
 
@@ -149,10 +151,10 @@ def observed(run: Trajectory, judging: Judges) -> pd.DataFrame:
     clip_score, diversity, the mean distance between the prompt's samples (NaN of one), calls, gradient_passes.
     """
     table, pictures = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}), run.images()
-    table[["clip_score", "diversity"]] = np.nan
-    table["similarity"] = similarity(pictures, run.prompts, judging)
+    table[["similarity", "clip_score", "diversity"]] = np.nan
     if judging.distance is not None:
         features = judging.distance.features(pictures)
+        table["similarity"] = similarity(features, run.prompts, judging)
         for rows in table.groupby("prompt").indices.values():
             table.loc[rows, "diversity"] = float(metrics.diversity(features[rows])) if len(rows) > 1 else np.nan
     if judging.alignment is not None:

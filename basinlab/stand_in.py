@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .models import Denoiser, data_folder
+from .models import UNCHECKED, Denoiser, data_folder
 
 GENERATIONS = ("sd1", "sd2", "sdxl")
 TOKENS = 77
@@ -148,8 +148,7 @@ def save(generation: str, folder: str | Path, seed: int = 0, *, tiny: bool = Tru
             second = _text(words, CLIPTextModelWithProjection, widths[1])
             pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=words)
         else:
-            unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipeline = StableDiffusionPipeline(**parts, **unchecked)
+            pipeline = StableDiffusionPipeline(**parts, **UNCHECKED)
     pipeline.save_pretrained(folder)
     if generation != "sdxl":
         index = Path(folder, "model_index.json")
@@ -197,10 +196,11 @@ def count(model: str | Denoiser, resolution: int | None = None, dtype: torch.dty
     Activations are those of one sample in ``dtype``, with attention written out: fused kernels need less.
     """
     with torch.device("meta"):
-        network = unet(model) if isinstance(model, str) else UNet2DConditionModel.from_config(model.unet.config)
-        side = resolution // 8 if resolution else network.config.sample_size
-        if not isinstance(model, str):
-            side = model.latent_shape[-1]
+        if isinstance(model, str):
+            network = unet(model)
+            side = resolution // 8 if resolution else network.config.sample_size
+        else:
+            network, side = UNet2DConditionModel.from_config(model.unet.config), model.latent_shape[-1]
         inputs = {"encoder_hidden_states": torch.empty(1, TOKENS, network.config.cross_attention_dim)}
         if pooled := network.config.projection_class_embeddings_input_dim:
             pooled -= 6 * network.config.addition_time_embed_dim

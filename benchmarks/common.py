@@ -1,6 +1,8 @@
 """What the benchmarks share: a clock inside a module, and tables of rounds."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,12 @@ def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
     began = now(device)
     work()
     return now(device) - began
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class ForwardClock:

@@ -8,12 +8,11 @@ points of each axis; reported are how well it fits (R squared) and what doubling
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
 import pandas as pd
-from common import RESULTS, seconds_of, write
+from common import RESULTS, peak_gib, seconds_of, write
 from scipy.stats import linregress
 
 AXES = {"prompts": (4, 8, 16, 32), "seeds": (4, 8, 16, 32), "steps": (10, 20, 40, 80), "starts": (2, 4, 8, 16)}
@@ -35,9 +34,7 @@ def work(prompts: int, seeds: int, steps: int, starts: int) -> None:
     else:
         options = {**common, "record": False}
         seconds = seconds_of(lambda: basinlab.sample(denoiser, texts, range(seeds), cfg, **options).images())
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-    print(json.dumps({"seconds": seconds, "GiB": peak}))
+    print(json.dumps({"seconds": seconds, "GiB": peak_gib()}))
 
 
 def main() -> None:

@@ -8,12 +8,10 @@ reported: the share of our time inside the U-Net's forward, and the process's pe
 """
 
 import argparse
-import resource
-import sys
 import time
 
 import torch
-from common import ForwardClock, by_column, write
+from common import ForwardClock, by_column, peak_gib, write
 
 import basinlab
 from basinlab.models import Denoiser
@@ -85,10 +83,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
     runs = f"{options.prompts} prompts x {options.seeds} seeds, {options.steps} steps, batches of {options.batch_size}"
-    columns = {**by_column(rows), "peak memory GiB": [peak]}
+    columns = {**by_column(rows), "peak memory GiB": [peak_gib()]}
     write("sampling", columns, f"{runs}, float32, {torch.get_num_threads()} threads")
 
 
