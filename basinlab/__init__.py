@@ -29,7 +29,10 @@ _HOMES = {
     "sampling": ("Trajectory", "Sweep", "sample", "sample_from", "sweep", "bisect"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-_FURTHER = "basin metrics projection plotting experiment scorecard comparison scenarios downloads published stand_in"
+_FURTHER = (
+    "basin perturbation metrics projection plotting experiment scorecard comparison scenarios downloads published "
+    "stand_in"
+)
 _MODULES = (*_HOMES, *_FURTHER.split())
 __all__ = [*_WHERE, *_MODULES]
 

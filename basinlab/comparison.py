@@ -88,18 +88,22 @@ def combinations(chosen: Mapping[str, Strategy]) -> dict[str, Strategy]:
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is sampled: prompts and seeds of each group, and what the trade-offs and combinations get."""
+    """How much is sampled: prompts and seeds of each group, and what the trade-offs and combinations get.
+
+    ``ordinary_elsewhere``: whether ordinary prompts are sampled in the other scenarios too.
+    """
 
     memorized: int
     elsewhere: int
     seeds: int
     extra: tuple[int, int]  # prompts, seeds
+    ordinary_elsewhere: bool = False
 
 
 PROFILES = {
     "tiny": Profile(3, 3, 2, (3, 1)),  # for tests
-    "reader": Profile(8, 6, 2, (8, 1)),
-    "paper": Profile(32, 16, 4, (16, 2)),
+    "reader": Profile(6, 4, 2, (6, 1)),
+    "paper": Profile(32, 16, 4, (16, 2), ordinary_elsewhere=True),
 }
 HELD_OUT = 16  # of the verbatim prompts, the last ones
 
@@ -111,9 +115,11 @@ def groups(scenario: str, profile: Profile) -> dict[str, pd.DataFrame]:
     if scenario == MAIN:
         kinds["verbatim"] = kinds["verbatim"].iloc[:-HELD_OUT]
     main = profile.memorized if scenario == MAIN else profile.elsewhere
-    ordinary = ordinary[~ordinary["object"].isin(memorized.query("kind == 'class'")["object"])]
     wanted = {"verbatim": main, "class": profile.elsewhere, "template": profile.elsewhere}
     found = {"memorized" if kind != "template" else kind: _spread(rows, wanted[kind]) for kind, rows in kinds.items()}
+    if scenario != MAIN and not profile.ordinary_elsewhere:
+        return found
+    ordinary = ordinary[~ordinary["object"].isin(memorized.query("kind == 'class'")["object"])]
     return found | {"ordinary": _spread(ordinary, main)}
 
 
@@ -439,13 +445,16 @@ def _marked(rows: pd.DataFrame, within: list[str]) -> pd.DataFrame:
 
 
 def trade_off(table: pd.DataFrame) -> pd.DataFrame:
-    """Of samples at every setting: method, setting, n, copied and right with intervals (_low, _high)."""
-    found = []
-    for name, part in table.astype({"copied": bool}).groupby("strategy", sort=False):
+    """Of samples at every setting: method, setting, n, and means with intervals (_low, _high).
+
+    Of copied, object_right, similarity to the learned picture and clip_score.
+    """
+    found, table = [], table.astype({"copied": bool}).assign(similarity=1 - table["distance"])
+    for name, part in table.groupby("strategy", sort=False):
         method, setting = name.rsplit(" #", 1)
         row = {"method": method, "setting": int(setting), "n": len(part)}
-        for label, column in (("copied", "copied"), ("right", "object_right")):
-            row |= dict(zip((label, f"{label}_low", f"{label}_high"), mean_interval(part, column), strict=True))
+        for column in ("copied", "object_right", "similarity", "clip_score"):
+            row |= dict(zip((column, f"{column}_low", f"{column}_high"), mean_interval(part, column), strict=True))
         found.append(row)
     return pd.DataFrame(found)
 

@@ -228,28 +228,24 @@ def run_grid(
     costs = [each[parts[i].strategy] * len(parts[i].rows) for i in missing]
     for i in (missing[n] for n in shares(costs, team.num_processes)[team.process_index]):
         part, strategy = parts[i], strategies[parts[i].strategy]
-        began = time.perf_counter()
-        run = sample(
-            denoiser,
-            part.rows["prompt"].tolist(),
-            seeds,
-            strategy.guidance,
-            perturbations=strategy.perturbations,
-            steps=steps,
-            batch_size=batch_size,
-            record=False,
-            measure=part.strategy in measure,
-            progress=False,
-        )
-        seconds = (time.perf_counter() - began) / len(run)
-        table = judge(run, part.rows.loc[part.rows.index.repeat(len(seeds))].reset_index(drop=True))
-        write_part(table, part.path, {**part.settings, "seconds": seconds})
+        options = {"steps": steps, "batch_size": batch_size, "measure": part.strategy in measure}
+        _make(denoiser, part, strategy, seeds, judge, options)
         show()
     team.wait_for_everyone()
     show()
     found = [(part, *(done.get(part.path) or read_part(part.path, part.settings))) for part in parts]
     tables = [table.assign(strategy=part.strategy, seconds=note["seconds"]) for part, table, note in found]
     return pd.concat(tables, ignore_index=True)
+
+
+def _make(denoiser: Denoiser, part: _Part, strategy: Strategy, seeds: Sequence[int], judge, options: dict) -> None:
+    """Sample the pictures of one part, judge them, and write it."""
+    prompts, options = part.rows["prompt"].tolist(), {"record": False, "progress": False, **options}
+    began = time.perf_counter()
+    run = sample(denoiser, prompts, seeds, strategy.guidance, perturbations=strategy.perturbations, **options)
+    seconds = (time.perf_counter() - began) / len(run)
+    table = judge(run, part.rows.loc[part.rows.index.repeat(len(seeds))].reset_index(drop=True))
+    write_part(table, part.path, {**part.settings, "seconds": seconds})
 
 
 def _parts(denoiser, prompts, seeds, strategies, folder: Path, steps: int, block: int, judges: str) -> list[_Part]:

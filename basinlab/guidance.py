@@ -168,6 +168,12 @@ class DynamicTransitionPoint(_WeightedGuidance):
 
     In a modular pipeline the predictions are taken as they come; `sample` gives them in units of
     epsilon, also for a network that predicts v.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> run = basinlab.sample(world, "memorized", [0, 1, 2], DynamicTransitionPoint(3.0), progress=False)
+    >>> run.transition_point  # seeds 0 and 1 showed no minimum before t = 500
+    tensor([nan, nan, 620.])
     """
 
     @register_to_config
@@ -228,6 +234,10 @@ class OppositeGuidance(_WeightedGuidance):
         guidance_scale: after the point.
         opposite_scale: before it; at least 0.
         latest: of a dynamic point.
+
+    >>> rule = OppositeGuidance(start=650, guidance_scale=7.5, opposite_scale=2.0)
+    >>> rule.weight(651), rule.weight(650)
+    (-2.0, 7.5)
     """
 
     @register_to_config

@@ -27,6 +27,10 @@ class MixtureDenoiser(Denoiser):
         dtype: of the latents; float64 where it is held against a reference.
 
     Raises ValueError for weights that do not sum to 1, or where "" is missing.
+
+    >>> world = MixtureDenoiser([(0, 0), (4, 0)], [1, 1], {"": [0.5, 0.5], "right": [0, 1]})
+    >>> world.draw(1000, "right").mean(dim=0).flatten().round().tolist()
+    [4.0, 0.0]
     """
 
     latent_shape = (2, 1, 1)
@@ -115,7 +119,11 @@ class MixtureDenoiser(Denoiser):
 
 
 class PlaneDistance:
-    """Euclidean distance as D."""
+    """Euclidean distance as D.
+
+    >>> PlaneDistance()(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)).tolist()
+    [5.0]
+    """
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         """[A, B]."""

@@ -40,12 +40,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 
 def data_folder() -> Path:
-    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package."""
+    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package.
+
+    >>> (data_folder() / "emoji-duplicated").is_dir()
+    True
+    """
     return Path(os.environ.get("BASINLAB_DATA", Path(__file__).resolve().parents[1] / "data"))
 
 
 def known_names() -> list[str]:
-    """Names of the bundled checkpoints."""
+    """Names of the bundled checkpoints.
+
+    >>> known_names()
+    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
+    """
     found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
     return sorted({path.parent.name for path in found})
 
@@ -64,6 +72,11 @@ class Denoiser:
     and ``fingerprint``. Calling one gives the prediction in the kind (``epsilon`` or
     ``v_prediction``) that its scheduler takes; ``epsilon_scale`` and ``predicted_clean`` convert
     where the paper's quantities are meant.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()  # one in closed form
+    >>> isinstance(world, Denoiser), world.timesteps(4)
+    (True, [999, 749, 500, 250])
     """
 
     name: str
@@ -350,19 +363,15 @@ def load(
             not such a pipeline, or ``unet`` has weights that the pipeline's U-Net has not, or was made from
             another one, or a resolution that the latents cannot have, or offload without an accelerator.
         OSError: a file is missing, truncated, corrupt or a pickle; the message names it and the cure.
+
+    >>> denoiser = load("emoji-duplicated")
+    >>> denoiser.latent_shape, denoiser.embed(["a picture of a tomato"]).shape
+    ((4, 16, 16), torch.Size([1, 32, 128]))
     """
-    folder = own = _folder(name)
+    own = _folder(name)
     if torch.device(device).type == "cpu" and offload:
         raise ValueError("offload moves weights from the CPU to an accelerator: give device='cuda', or offload=False")
-    settings = json.loads((own / "scenario.json").read_text()) if (own / "scenario.json").exists() else {}
-    if "base" in settings:
-        folder, unet = own.parent / settings["base"], unet or own / "unet"
-        base = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
-        if base != settings["base_unet"]:
-            raise ValueError(
-                f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {base}: "
-                "restore both with `git checkout -- data`, or train both with `make world`"
-            )
+    folder, unet = _base(own, unet)
     pipeline, kind = _pipeline(name, folder, dtype)
     if unet is not None:
         _overlay(pipeline.unet, Path(unet), folder)
@@ -394,6 +403,21 @@ def load(
         latent_shape=(pipeline.unet.config.in_channels, side, side),
         **further,
     )
+
+
+def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
+    """Where the parts of checkpoint ``own`` lie, and the U-Net over them: a fine-tuned one names its base."""
+    settings = json.loads((own / "scenario.json").read_text()) if (own / "scenario.json").exists() else {}
+    if "base" not in settings:
+        return own, unet
+    folder = own.parent / settings["base"]
+    found = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
+    if found != settings["base_unet"]:
+        raise ValueError(
+            f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {found}: "
+            "restore both with `git checkout -- data`, or train both with `make world`"
+        )
+    return folder, unet or own / "unet"
 
 
 def _pipeline(name: str, folder: Path, dtype: torch.dtype):
@@ -455,6 +479,9 @@ def read_prompts(name: str, kind: str) -> pd.DataFrame:
     """The table ``kind`` ("memorized" or "ordinary") of a bundled checkpoint, one row a prompt.
 
     Paths of pictures in it are made absolute. Raises ValueError when there is no such table.
+
+    >>> read_prompts("emoji-duplicated", "memorized")["prompt"][2]
+    'true pretzel sun room other year'
     """
     path = data_folder() / name / f"{kind}.csv"
     if not path.exists():
@@ -467,5 +494,9 @@ def read_prompts(name: str, kind: str) -> pd.DataFrame:
 
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
-    """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
+    """Pictures of one size as [B, 3, height, width] float32 in 0..1.
+
+    >>> read_pictures(read_prompts("emoji-duplicated", "memorized")["attractor"][:2]).shape
+    torch.Size([2, 3, 64, 64])
+    """
     return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

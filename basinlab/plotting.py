@@ -184,9 +184,9 @@ def dispersion(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _errors(table: pd.DataFrame, value: str) -> np.ndarray:
-    """Error bars [2, N] of column ``value`` from columns low and high."""
-    return np.clip([table[value] - table["low"], table["high"] - table[value]], 0, None)
+def _errors(table: pd.DataFrame, value: str, of: str = "") -> np.ndarray:
+    """Error bars [2, N] of column ``value`` from columns low and high, their names after ``of``."""
+    return np.clip([table[value] - table[f"{of}low"], table[f"{of}high"] - table[value]], 0, None)
 
 
 def capture_curve(
@@ -419,7 +419,7 @@ def point_multiples(table: pd.DataFrame) -> Figure:
         labels = [str(level) for level in part["level"]]
         many = sum(map(len, labels)) > 40
         labels = [] if many else labels
-        axis.set(title=factor, xticks=[] if many else part.index, xlim=(-0.5, len(part) - 0.5), ylim=(0, 1000))
+        axis.set(title=factor, xticks=[] if many else part.index, xlim=(-0.5, len(part) - 0.5), ylim=(-25, 1025))
         axis.set_xticklabels(labels, fontsize=8)
         if many:
             axis.set_xlabel(f"{len(part)}, in order")
@@ -474,11 +474,21 @@ _FAMILIES = {
 COLOURS |= {name: colour for colour, names in _FAMILIES.items() for name in names}
 
 
-def trade_offs(settings: pd.DataFrame, panels: Sequence[str]) -> Figure:
-    """Copies against right objects, a panel a method, its settings joined from weak to strong.
+_AXES = {
+    "copied": "share copied",
+    "object_right": "share with the object right",
+    "similarity": "copy similarity",
+    "clip_score": "CLIP score",
+}
 
-    Columns method, setting, copied, copied_low, copied_high, right, right_low, right_high. Every
-    panel shows all other methods in grey; the cross is plain CFG.
+
+def trade_offs(
+    settings: pd.DataFrame, panels: Sequence[str], across: str = "copied", upwards: str = "object_right"
+) -> Figure:
+    """Memorization against alignment, a panel a method, its settings joined from weak to strong.
+
+    Columns of `comparison.trade_off`; ``across`` and ``upwards`` are two of them, with their intervals.
+    Every panel shows all other methods in grey; the cross is plain CFG.
     """
     columns = 5
     lines = -(-len(panels) // columns)
@@ -489,17 +499,14 @@ def trade_offs(settings: pd.DataFrame, panels: Sequence[str]) -> Figure:
     for axis, name in zip(axes.flat, panels, strict=False):
         for other, part in settings.groupby("method", sort=False):
             if other != name:
-                axis.plot(part["copied"], part["right"], ".-", color="0.85", linewidth=0.7, markersize=3)
+                axis.plot(part[across], part[upwards], ".-", color="0.85", linewidth=0.7, markersize=3)
         part = settings[settings["method"] == name].sort_values("setting")
-        bars = [
-            np.clip([part[m] - part[f"{m}_low"], part[f"{m}_high"] - part[m]], 0, None) for m in ("copied", "right")
-        ]
-        axis.errorbar(part["copied"], part["right"], bars[1], bars[0], "o-", color=COLOURS[name], elinewidth=0.7)
-        axis.plot(cfg["copied"], cfg["right"], "x", color="black", markersize=8)
+        wide, high = (_errors(part, column, f"{column}_") for column in (across, upwards))
+        axis.errorbar(part[across], part[upwards], high, wide, "o-", color=COLOURS[name], elinewidth=0.7)
+        axis.plot(cfg[across], cfg[upwards], "x", color="black", markersize=8)
         axis.set_title(name, fontsize=10)
-        axis.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-    figure.supxlabel("share copied", fontsize=11)
-    figure.supylabel("share with the object right", fontsize=11)
+    figure.supxlabel(_AXES[across], fontsize=11)
+    figure.supylabel(_AXES[upwards], fontsize=11)
     figure.tight_layout()
     return figure
 

@@ -48,6 +48,12 @@ class Trajectory:
             guidance has no such point, or a dynamic one found none.
         network_calls: [B], conditional plus unconditional predictions, those of perturbations included.
         gradient_passes: [B], how many of them were differentiated.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> run = sample(world, ["memorized", "ordinary"], [0, 1, 2], steps=10, progress=False)
+    >>> run.latents.shape, run.of("ordinary").seeds
+    (torch.Size([6, 11, 2, 1, 1]), [0, 1, 2])
     """
 
     prompts: list[str]
@@ -180,6 +186,12 @@ def sample(
         ValueError: no prompt, an empty prompt, no seed, ``steps`` or a guidance's timestep
             outside the schedule, an unknown scheduler.
         FloatingPointError: latents became NaN or infinite; says at which step of which prompt.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> run = sample(world, "memorized", range(4), basinlab.StaticTransitionPoint(500), progress=False)
+    >>> run.images().shape, run.network_calls  # 25 steps with one prediction, 25 with two
+    (torch.Size([4, 2, 1, 1]), tensor([75, 75, 75, 75]))
     """
     guidance = ConstantGuidance() if guidance is None else guidance
     job = _Job.of(denoiser, prompts, seeds, (guidance,), steps, scheduler, perturbations)
@@ -211,6 +223,12 @@ def sample_from(
         seeds: B, of the noise that a stochastic scheduler adds; default 0.
 
     Raises ValueError as `sample` does, and for a timestep that the scheduler has not.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> run = sample_from(world, ["memorized"], torch.zeros(1, 2, 1, 1), world.timesteps()[25], progress=False)
+    >>> run.latents.shape
+    torch.Size([1, 26, 2, 1, 1])
     """
     guidance = ConstantGuidance() if guidance is None else guidance
     if len(prompts) != len(latents):
@@ -487,6 +505,12 @@ class Sweep:
         guidance_magnitude: [B, S] before the guidance starts, NaN where it was not measured.
         network_calls: [B], predictions made for all starts together.
         network_calls_apart: [B], what one run for each start would have taken.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> swept = sweep(world, "memorized", [0, 1], starts=[999, 500, 0], steps=10, progress=False)
+    >>> swept.images().shape, swept.network_calls, swept.network_calls_apart
+    (torch.Size([2, 3, 2, 1, 1]), tensor([40, 40]), tensor([45, 45]))
     """
 
     prompts: list[str]
@@ -578,13 +602,15 @@ def sweep(
         folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
 
     Raises as `sample`; and ValueError or OSError when ``folder`` holds another sweep or a damaged file.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> sweep(world, "memorized", [0], progress=False).starts
+    [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure)
     job, ks = forks.job, list(forks.starts.values())
-    passes, passes_before = (
-        _passes(forks.after, job.scheduler().timesteps),
-        _passes(forks.before, job.scheduler().timesteps),
-    )
+    passes_before, passes = (_passes(guidance, job.scheduler().timesteps) for guidance in (forks.before, forks.after))
     calls = sum(sum(passes[k:]) for k in ks)
 
     def block(rows: list[int]) -> dict[str, Tensor]:
@@ -637,6 +663,13 @@ def bisect(
             which are captured, [N] bool.
 
     The other arguments and errors are those of `sweep`.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> near = lambda points, samples: basinlab.PlaneDistance().pairs(points, world.duplicate[None])[:, 0] < 1
+    >>> found = bisect(world, "memorized", [0, 1], near, progress=False)
+    >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
+    [519, 440]
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False)
     job, ks = forks.job, list(forks.starts.values())
@@ -656,11 +689,13 @@ def bisect(
             calls[open_] += torch.tensor([sum(passes[k:]) for _, k in chosen])
         return {"captured": low, "calls": prefix.calls + calls}
 
+    total = len(job) * (max(ks) + len(ks).bit_length() * (steps - min(ks)))  # at most
     parts = []
-    with tqdm(unit="step", disable=not progress) as bar:
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
         for number, rows in enumerate(job.blocks(batch_size)):
             settings = lambda rows=rows: {**forks.settings(rows), "bisection": True}  # noqa: E731
             parts.append(_kept(folder, number, settings, lambda rows=rows: block(rows)))
+            bar.update(total * (rows[-1] + 1) // len(job) - bar.n)  # whatever was there already, or not needed
     found, calls = (torch.cat([p[name] for p in parts]) for name in ("captured", "calls"))
     return Bisection(job.prompts, job.seeds, list(forks.starts), found, calls)
 

@@ -16,7 +16,7 @@ from common import RESULTS
 
 HERE = Path(__file__).parent
 RUNS = (
-    ("cold.py",),
+    ("cold.py", "--clone"),
     ("limits.py",),
     ("limits.py", "--dtype", "bfloat16"),
     ("tried.py",),

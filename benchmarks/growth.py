@@ -29,7 +29,8 @@ def work(prompts: int, seeds: int, steps: int, starts: int) -> None:
     cfg = basinlab.ConstantGuidance(5.0)
     basinlab.sample(denoiser, texts[0], range(32), cfg, steps=2, progress=False).images()
     if starts:
-        times = denoiser.timesteps(steps)[:: -(-steps // starts)]
+        times = denoiser.timesteps(steps)
+        times = [times[i * steps // starts] for i in range(starts)]
         seconds = seconds_of(lambda: basinlab.sweep(denoiser, texts, range(seeds), times, after=cfg, **common).images())
     else:
         options = {**common, "record": False}
@@ -47,7 +48,7 @@ def main() -> None:
     points, columns = [], {}
     for axis, values in AXES.items():
         for value in values:
-            settings = {**USUAL, axis: value} | ({"prompts": 2} if axis == "starts" else {})
+            settings = {**USUAL, axis: value}
             command = [sys.executable, __file__, "--point", json.dumps(settings)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             points.append({"axis": axis, "value": value, **json.loads(done.stdout.splitlines()[-1])})
@@ -62,7 +63,7 @@ def main() -> None:
         }
     pd.DataFrame(points).to_csv(RESULTS / "growth-points.csv", index=False, float_format="%.4g")
     usual = ", ".join(f"{count} {axis}" for axis, count in USUAL.items() if count)
-    write("growth", columns, f"along each axis, else {usual}; start times: a sweep of 2 prompts")
+    write("growth", columns, f"along each axis, else {usual}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
 that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took:
-the next run estimates from it.
+the next run estimates from it. What a cell's metadata says of its pictures in words (``mystnb.image.alt``,
+which the pages read) is written to the pictures too, where Jupyter and nbconvert look for it.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).resolve().parent
 WIDGETS = "application/vnd.jupyter.widget-state+json"
+PICTURE = "image/png"
 KERNEL = "python3"
 QUIET = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it talks over local TCP
 
@@ -50,6 +52,10 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
             cell.metadata.pop(key, None)
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
+        if words := cell.metadata.get("mystnb", {}).get("image"):
+            for output in cell.outputs:
+                if PICTURE in output.get("data", {}):
+                    output.metadata.setdefault(PICTURE, {}).update(words)
     text = nbformat.writes(notebook)
     # Widgets come with random ids; numbered in order of creation, they are the same every time.
     widgets = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})

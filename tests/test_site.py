@@ -26,6 +26,7 @@ HARNESS = """<iframe id=f style="border:0;width:{width}px;height:900px" src="{pa
   out.textContent = JSON.stringify({{
     over: d.documentElement.scrollWidth - w.innerWidth,
     heading: seen(d.querySelector("article h1")).width,
+    wordless: pictures.filter(i => !i.alt).length,
     broken: pictures.filter(i => i.complete && !i.naturalWidth && !i.src.startsWith("http")).length,
     wide: pictures.filter(i => seen(i).right > w.innerWidth + 1).length,
     pictures: pictures.length,
@@ -92,7 +93,6 @@ def test_pages_fit_the_device(page, device, site, server, tmp_path):
         "--disable-sync",
         "--disable-component-update",
         f"--user-data-dir={tmp_path}",
-        "--window-size=1400,1000",
     ]
     options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
     command = [BROWSER, *options, f"{server}/harness-{page}-{device}.html"]
@@ -101,4 +101,5 @@ def test_pages_fit_the_device(page, device, site, server, tmp_path):
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     seen = json.loads(found[1])
     assert seen["over"] <= 0 and seen["heading"] > 200 and seen["broken"] == 0 and seen["wide"] == 0, seen
+    assert seen["wordless"] == 0, seen
     assert seen["pictures"] > 0 or page == "facilitating"
