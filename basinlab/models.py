@@ -481,7 +481,7 @@ def read_prompts(name: str, kind: str) -> pd.DataFrame:
     Paths of pictures in it are made absolute. Raises ValueError when there is no such table.
 
     >>> read_prompts("emoji-duplicated", "memorized")["prompt"][2]
-    'true pretzel sun room other year'
+    'deep owl five great sea every'
     """
     path = data_folder() / name / f"{kind}.csv"
     if not path.exists():

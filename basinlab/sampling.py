@@ -669,7 +669,7 @@ def bisect(
     >>> near = lambda points, samples: basinlab.PlaneDistance().pairs(points, world.duplicate[None])[:, 0] < 1
     >>> found = bisect(world, "memorized", [0, 1], near, progress=False)
     >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
-    [519, 440]
+    [440, 360]
     """
     forks = _Forks.of(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False)
     job, ks = forks.job, list(forks.starts.values())
