@@ -61,7 +61,8 @@ def main() -> None:
         subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
     tables = {name: RESULTS / f"{name}.csv" for name in [*NAMES, "gpu"]}
     found = [pd.read_csv(path).assign(benchmark=name) for name, path in tables.items() if path.exists()]
-    table = pd.concat([*found, against_official()])[["benchmark", "figure", "median", "lowest", "highest", "rounds", "of"]]
+    columns = ["benchmark", "figure", "median", "lowest", "highest", "rounds", "of"]
+    table = pd.concat([*found, against_official()])[columns]
     table.to_csv(RESULTS / "table.csv", index=False)
     text = "# What was measured\n\nRatios are of one run. " + f"Machine: {platform.machine()}, {platform.system()}.\n\n"
     (RESULTS / "table.md").write_text(text + table.to_markdown(index=False, floatfmt=".4g") + "\n")
