@@ -44,10 +44,14 @@ def against_official() -> pd.DataFrame:
     if not (RESULTS / "official.csv").exists():
         return pd.DataFrame()
     table = pd.read_csv(RESULTS / "official.csv").dropna(subset="ratio")
-    names = {"ratio": "median", "ratio lowest": "lowest", "ratio highest": "highest"}
-    table = table[["case", *names]].rename(columns=names)
-    of = "images a second, float32; more in official.md"
-    return table.assign(figure=table.pop("case") + ": ours / the script's", benchmark="official", rounds=3, of=of)
+    of, parts = "images a second, the scripts in float32; more in official.md", []
+    for dtype, label in (("float32", ""), ("bfloat16", ", bfloat16")):
+        names = {
+            f"ratio{label}{end}": name for end, name in (("", "median"), (" lowest", "lowest"), (" highest", "highest"))
+        }
+        part = table[["case", "rounds", *names]].rename(columns=names)
+        parts.append(part.assign(figure=part.pop("case") + f": ours, {dtype} / the script"))
+    return pd.concat(parts).assign(benchmark="official", of=of)
 
 
 def main() -> None:

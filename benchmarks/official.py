@@ -48,6 +48,7 @@ STATIC, DYNAMIC, OPPOSITE = (
     "generate_test_dataset-opposite_guidance.py",
 )
 BOUND = 1e-3  # of the final latents, float32
+QUICK = ", bfloat16"  # ours in the dtype that this machine may be quick at; the scripts run in float32
 SCALE, STEPS, FIRST_SEED = 7.5, 50, 42  # written into the scripts
 
 
@@ -491,21 +492,25 @@ def compared(case: Case, record: Record, denoiser: Denoiser, prompts: Sequence[s
 
 
 def timed(
-    official: Official, case: Case, denoiser: Denoiser, prompts: Sequence[str], images: int, seeds: int
+    official: Official, case: Case, denoisers: Sequence[Denoiser], prompts: Sequence[str], images: int, seeds: int
 ) -> dict[str, float]:
-    """Images a second and predictions an image of either side; the script's first picture warms up, uncounted."""
+    """Images a second and predictions an image of either side; the script's first picture warms up, uncounted.
+
+    Of ours with each of ``denoisers``, the first of which has the script's dtype.
+    """
     pairs = [(prompts[i % len(prompts)], FIRST_SEED + i) for i in range(images + 1)]
     pictures = official.run(case, pairs, record=False).pictures
     theirs = images / (pictures[-1].finished - pictures[0].finished)
-    began = time.perf_counter()
-    run = basinlab.sample(denoiser, prompts, range(seeds), case.guidance, steps=STEPS, record=False, progress=False)
-    run.images()
-    mine = len(run) / (time.perf_counter() - began)
-    return {
-        "official images/s": theirs,
-        "ours images/s": mine,
-        "ratio": mine / theirs,
-        "official predictions": statistics.mean(p.predictions for p in pictures[1:]),
+    found = {"official images/s": theirs}
+    for denoiser, label in zip(denoisers, ("", QUICK), strict=True):
+        began = time.perf_counter()
+        run = basinlab.sample(denoiser, prompts, range(seeds), case.guidance, steps=STEPS, record=False, progress=False)
+        run.images()
+        mine = len(run) / (time.perf_counter() - began)
+        found |= {f"ours images/s{label}": mine, f"ratio{label}": mine / theirs}
+    predictions = statistics.mean(p.predictions for p in pictures[1:])
+    return found | {
+        "official predictions": predictions,
         "our predictions": float(run.network_calls.double().mean()),
     }
 
@@ -599,7 +604,7 @@ def speed_table(table: pd.DataFrame) -> pd.DataFrame:
     def ranged(figure: str, row: pd.Series) -> str:
         return f"{row[figure]:.3g} ({row[figure + ' lowest']:.3g} to {row[figure + ' highest']:.3g})"
 
-    rates = ("official images/s", "ours images/s", "ratio")
+    rates = ("official images/s", "ours images/s", "ratio", f"ours images/s{QUICK}", f"ratio{QUICK}")
     calls = ("official predictions", "our predictions")
     return pd.DataFrame(
         [
@@ -643,14 +648,17 @@ def main() -> None:
     agreement = pd.DataFrame(rows)
 
     several = every[:8]
+    both = denoiser, basinlab.load(options.name, dtype=torch.bfloat16)
     rounds = {case.name: [] for case in cases() if not case.changes.get("epsilon")}
     for _ in range(options.rounds):
         for case in cases():
             if case.name in rounds:
                 each = options.images // len(several)
-                rounds[case.name].append(timed(official, case, denoiser, several, options.official_images, each))
+                rounds[case.name].append(timed(official, case, both, several, options.official_images, each))
                 print(case.name, rounds[case.name][-1], flush=True)
-    speed = pd.DataFrame([{"case": name} | _spread(timings) for name, timings in rounds.items() if timings])
+    speed = pd.DataFrame(
+        [{"case": name, "rounds": len(timings)} | _spread(timings) for name, timings in rounds.items() if timings]
+    )
     table = agreement.merge(speed, on="case", how="left") if len(speed) else agreement
     report = _report(options, official, denoiser, agreement, speed, seen)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -676,7 +684,8 @@ def _report(
         f"Images a second, decoded, median (lowest to highest) of {options.rounds} rounds: the script under the shim, "
         f"one picture at a time, {options.official_images} a round after one that warms up, start and loading not "
         "counted, its PNG files written; "
-        f"ours {options.images} a round through `basinlab.sample`, batches of 32. {torch.get_num_threads()} threads. "
+        f"ours {options.images} a round through `basinlab.sample`, batches of 32, in float32 and{QUICK[1:]}. "
+        f"{torch.get_num_threads()} threads. "
         "Predictions: conditional and unconditional ones, an image."
     )
     parts = [
