@@ -43,7 +43,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of ``statistic`` over the first axis of ``values``."""
     values, rng = np.asarray(values), np.random.default_rng(seed)
-    drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)]
+    rows = rng.integers(len(values), size=(resamples, len(values)))
+    means = statistic is np.mean and values.ndim == 1  # all at once
+    drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
     return float(low), float(high)
