@@ -613,18 +613,13 @@ def sweep(
     passes_before, passes = (_passes(guidance, job.scheduler().timesteps) for guidance in (forks.before, forks.after))
     calls = sum(sum(passes[k:]) for k in ks)
 
-    def block(rows: list[int]) -> dict[str, Tensor]:
+    def block(rows: list[int], bar: tqdm) -> dict[str, Tensor]:
         prefix = forks.prefix(rows, bar)
         chosen = [(i, k) for i in range(len(rows)) for k in ks]
         latents = forks.ends(rows, prefix, chosen, bar).unflatten(0, (len(rows), len(ks)))
         return {"latents": latents, "magnitude": prefix.magnitude, "calls": prefix.calls + calls}
 
-    total = len(job) * sum(steps - k for k in (0, *ks))
-    parts = []
-    with tqdm(total=total, unit="step", disable=not progress) as bar:
-        for number, rows in enumerate(job.blocks(batch_size)):
-            parts.append(_kept(folder, number, lambda rows=rows: forks.settings(rows), lambda rows=rows: block(rows)))
-            bar.update(total * (rows[-1] + 1) // len(job) - bar.n)  # whatever of it was there already
+    parts = forks.parts(block, len(job) * sum(steps - k for k in (0, *ks)), folder, progress)
     apart = sum(sum(passes_before[:k]) for k in ks) + calls
     return Sweep(
         job.prompts,
@@ -675,7 +670,7 @@ def bisect(
     job, ks = forks.job, list(forks.starts.values())
     passes = _passes(forks.after, job.scheduler().timesteps)
 
-    def block(rows: list[int]) -> dict[str, Tensor]:
+    def block(rows: list[int], bar: tqdm) -> dict[str, Tensor]:
         prefix, calls = forks.prefix(rows, bar), torch.zeros(len(rows), dtype=torch.long)
         # starts before low are known, or taken, to capture; those from high on not to
         low, high = torch.zeros(len(rows), dtype=torch.long), torch.full((len(rows),), len(ks))
@@ -689,13 +684,8 @@ def bisect(
             calls[open_] += torch.tensor([sum(passes[k:]) for _, k in chosen])
         return {"captured": low, "calls": prefix.calls + calls}
 
-    total = len(job) * (max(ks) + len(ks).bit_length() * (steps - min(ks)))  # at most
-    parts = []
-    with tqdm(total=total, unit="step", disable=not progress) as bar:
-        for number, rows in enumerate(job.blocks(batch_size)):
-            settings = lambda rows=rows: {**forks.settings(rows), "bisection": True}  # noqa: E731
-            parts.append(_kept(folder, number, settings, lambda rows=rows: block(rows)))
-            bar.update(total * (rows[-1] + 1) // len(job) - bar.n)  # whatever was there already, or not needed
+    most = len(job) * (max(ks) + len(ks).bit_length() * (steps - min(ks)))
+    parts = forks.parts(block, most, folder, progress, bisection=True)
     found, calls = (torch.cat([p[name] for p in parts]) for name in ("captured", "calls"))
     return Bisection(job.prompts, job.seeds, list(forks.starts), found, calls)
 
@@ -747,6 +737,26 @@ class _Forks:
             "measure": self.measure,
             "dtype": str(self.job.denoiser.dtype),
         }
+
+    def parts(
+        self,
+        block: Callable[[list[int], tqdm], dict[str, Tensor]],
+        most: int,
+        folder: str | Path | None,
+        progress: bool,
+        **settings,
+    ) -> list[dict[str, Tensor]]:
+        """What ``block`` makes of all samples, ``batch_size`` at a time; finished blocks are kept in ``folder``.
+
+        ``most`` is how many steps all of it takes at most, for the bar; ``settings`` are noted beside the others.
+        """
+        parts = []
+        with tqdm(total=most, unit="step", disable=not progress) as bar:
+            for number, rows in enumerate(self.job.blocks(self.batch_size)):
+                made_with = lambda rows=rows: {**self.settings(rows), **settings}  # noqa: E731
+                parts.append(_kept(folder, number, made_with, lambda rows=rows: block(rows, bar)))
+                bar.update(most * (rows[-1] + 1) // len(self.job) - bar.n)  # whatever was there already, or not needed
+        return parts
 
     def prefix(self, rows: list[int], bar: tqdm) -> _Prefix:
         """Run the steps before any guidance, to the last start."""

@@ -45,13 +45,11 @@ def against_official() -> pd.DataFrame:
         return pd.DataFrame()
     table = pd.read_csv(RESULTS / "official.csv").dropna(subset="ratio")
     of, parts = "images a second, the scripts in float32; more in official.md", []
-    labels = {"float32": "", "bfloat16": ", bfloat16"}
-    for dtype, label in ((d, label) for d, label in labels.items() if f"ratio{label}" in table):
-        names = {
-            f"ratio{label}{end}": name for end, name in (("", "median"), (" lowest", "lowest"), (" highest", "highest"))
-        }
-        part = table.reindex(columns=["case", "rounds", *names]).rename(columns=names)
-        parts.append(part.assign(figure=part.pop("case") + f": ours, {dtype} / the script"))
+    for dtype, label in (("float32", ""), ("bfloat16", ", bfloat16")):
+        names = {f"ratio{label}": "median", f"ratio{label} lowest": "lowest", f"ratio{label} highest": "highest"}
+        if set(names) <= set(table):
+            part = table[["case", "rounds", *names]].rename(columns=names)
+            parts.append(part.assign(figure=part.pop("case") + f": ours, {dtype} / the script"))
     return pd.concat(parts).assign(benchmark="official", of=of)
 
 
