@@ -16,7 +16,7 @@ from ._torchvision import ensure_importable
 ensure_importable()
 
 _HOMES = {
-    "models": ("Denoiser", "load", "known_names", "read_prompts", "read_pictures", "data_folder"),
+    "models": ("Denoiser", "load", "known_names", "read_prompts", "read_pictures", "read_scenario", "data_folder"),
     "mixture": ("MixtureDenoiser", "PlaneDistance"),
     "guidance": (
         "ConstantGuidance",
@@ -29,11 +29,8 @@ _HOMES = {
     "sampling": ("Trajectory", "Sweep", "sample", "sample_from", "sweep", "bisect"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-_FURTHER = (
-    "basin perturbation metrics projection plotting experiment scorecard comparison scenarios downloads published "
-    "stand_in"
-)
-_MODULES = (*_HOMES, *_FURTHER.split())
+_FURTHER = ("basin", "perturbation", "metrics", "projection", "plotting", "experiment", "bundled", "published")
+_MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 
 

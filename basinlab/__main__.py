@@ -6,8 +6,10 @@ All resume, and all share their work among the processes of ``accelerate launch 
 import argparse
 from pathlib import Path
 
-from . import comparison, experiment, models, scenarios
-from .scorecard import ball_of
+from . import experiment, models
+from .bundled import comparison, evaluation
+from .bundled.scorecard import ball_of
+from .published import scenarios
 
 
 def main() -> None:
@@ -39,16 +41,16 @@ def main() -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     denoiser = models.load(options.name, device=options.device)
-    parts = options.parts / f"{denoiser.name}-{denoiser.fingerprint()}"
-    table = experiment.evaluate(denoiser, parts)
+    parts = options.parts / f"{Path(denoiser.name).name}-{denoiser.fingerprint()}"
+    table = evaluation.evaluate(denoiser, parts)
     if experiment.processes().is_main_process:
-        print(f"{len(table)} samples in {experiment.write_evaluation(denoiser, table)}")
+        print(f"{len(table)} samples in {evaluation.write_evaluation(denoiser, table)}")
 
 
 def run_tune(options: argparse.Namespace) -> None:
     denoiser = models.load(comparison.MAIN, device=options.device)
-    judges = experiment.Judges(denoiser.name, options.device)
-    ball = ball_of(experiment.read_evaluation(denoiser), denoiser.name, judges.distance)
+    judges = evaluation.Judges(denoiser.name, options.device)
+    ball = ball_of(evaluation.read_evaluation(denoiser), denoiser.name, judges.distance)
     table = comparison.tune(denoiser, judges, ball, options.parts)
     if experiment.processes().is_main_process:
         table.to_csv(comparison.tuning_path(), index=False)

@@ -7,6 +7,7 @@ the noise" becomes many seeds, and a probability comes with its Wilson interval.
 transition point is read off samples whose guidance starts at many timesteps.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from .guidance import ConstantGuidance
 from .metrics import mean_pairwise_distance
 from .models import Denoiser
-from .sampling import Bisection, Sweep, Trajectory, bisect, sample_from
+from .sampling import Bisection, Sweep, Trajectory, bisect, new_scheduler, sample_from
 
 
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +50,22 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
     return float(low), float(high)
+
+
+def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
+    """Mean of a column, bootstrapped over prompts; where all samples of a share agree, Wilson's interval."""
+    means = part.groupby("prompt")[name].mean().to_numpy(float)
+    low, high = bootstrap_interval(means, resamples=1000)
+    if part[name].dtype == bool and low == high:  # a bootstrap of equal values knows no doubt
+        low, high = wilson_interval(part[name].sum(), len(part))
+    return means.mean(), float(low), float(high)
+
+
+def quantile_interval(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
+    """The q-quantile of all values, and its interval over the prompts that they are listed by."""
+    statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
+    everyone = np.arange(len(values))
+    return statistic(everyone), *bootstrap_interval(everyone, statistic, resamples=500)
 
 
 @dataclass(frozen=True)
@@ -137,8 +154,11 @@ def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) 
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
-    """Share of samples with ``of`` true in each group of ``by``: columns n, captured, low, high (Wilson, 95%)."""
-    result = table.groupby(by, sort=False)[of].agg(n="size", captured="mean").reset_index()
+    """Share of samples with ``of`` true in each group of ``by``: columns n, captured, low, high (Wilson, 95%).
+
+    Samples of which it is not known (NA) do not count.
+    """
+    result = table.dropna(subset=of).groupby(by, sort=False)[of].agg(n="size", captured="mean").reset_index()
     result["low"], result["high"] = wilson_interval(result["captured"] * result["n"], result["n"])
     return result
 
@@ -174,12 +194,14 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
         of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
 
     Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and
-    high (95% bootstrap interval over prompts).
+    high (95% bootstrap interval over prompts). Raises ValueError for one seed.
     """
     tables = []
     for name, run in runs.items():
         states = run.latents[:, :-1] if of == "latents" else run.predicted
         prompts = list(dict.fromkeys(run.prompts))
+        if len(run) < 2 * len(prompts):
+            raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
         rows = [[i for i, p in enumerate(run.prompts) if p == prompt] for prompt in prompts]
         widths = torch.stack([mean_pairwise_distance(states[r]) for r in rows]).numpy()
         tables.append(_mean_curve(name, run.timesteps, widths))
@@ -207,7 +229,7 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
 
     Args:
         table: of `outcomes` of a sweep; the same start times for every sample.
-        of: the outcome, true while the start is early.
+        of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
 
     Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured),
     captured_at and free_at (the start times on either side of the flip), point (their middle; NaN
@@ -215,6 +237,7 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     outcome is monotone (column monotone). The flip is put where the fewest disagree, at the
     earliest start if there are several such places.
     """
+    table = table.dropna(subset=of)
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
     wide = wide[sorted(wide.columns, reverse=True)]
@@ -227,6 +250,10 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     points = _points(wide.index.to_frame(index=False), flip, starts)
     against = wrong.min(axis=1)
     return points.assign(against=against, monotone=against == 0)
+
+
+def _digest(pictures: Tensor) -> str:
+    return hashlib.sha256(pictures.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def transition_points_by_bisection(
@@ -254,6 +281,7 @@ def transition_points_by_bisection(
         seeds,
         lambda pictures, rows: distance(pictures, attractors[rows]) <= ball.radius,
         starts,
+        judged_by=f"{getattr(distance, 'name', type(distance).__name__)}, {ball.radius!r}, {_digest(attractors)}",
         **options,
     )
     samples = pd.DataFrame({"prompt": found.prompts, "seed": found.seeds})
@@ -320,8 +348,8 @@ def escapes(
         radii: r; the same direction for all r of a state.
         options: of `sampling.sample_from`.
 
-    Returns one row a push: prompt, seed, t, radius, escaped. Raises ValueError when a trajectory was
-    not recorded or a timestep is none of its.
+    Returns one row a push: prompt, seed, t, noise (the state's share of it), radius, escaped. Raises ValueError
+    when a trajectory was not recorded or a timestep is none of its.
     """
     guidance = ConstantGuidance() if guidance is None else guidance
     if run.predicted is None:
@@ -334,7 +362,10 @@ def escapes(
         states = run.latents[:, times.index(t)]
         direction = torch.randn(states.shape, generator=generator)
         direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
-        noise_level = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu()
+        # some schedulers' states are larger than x_t by a factor
+        scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
+        factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
+        noise_level = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
         pushed = torch.cat([states + r * noise_level * direction for r in radii])
         count = len(radii)
         end = sample_from(
@@ -343,7 +374,16 @@ def escapes(
         inside = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= ball.radius
         radius = np.repeat(list(radii), len(run))
         parts.append(
-            pd.DataFrame({"prompt": end.prompts, "seed": end.seeds, "t": t, "radius": radius, "escaped": ~inside})
+            pd.DataFrame(
+                {
+                    "prompt": end.prompts,
+                    "seed": end.seeds,
+                    "t": t,
+                    "noise": float(noise_level),
+                    "radius": radius,
+                    "escaped": ~inside,
+                }
+            )
         )
     return pd.concat(parts, ignore_index=True)
 
@@ -354,8 +394,9 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: of `escapes`.
 
-    Returns columns t, width, low, high (95% bootstrap over trajectories) and n; the share that
-    escapes is interpolated between radii. Infinite where fewer than half escape at the largest.
+    Returns columns t, width, low, high (95% bootstrap over trajectories), the same in the latents' own
+    units, times the noise at t (absolute, absolute_low, absolute_high), and n; the share that escapes is
+    interpolated between radii. Infinite where fewer than half escape at the largest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
@@ -364,8 +405,10 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
         low, high = bootstrap_interval(
             values, lambda drawn, radii=radii: _half(radii, drawn.mean(axis=0)), resamples=500
         )
-        rows.append((t, _half(radii, values.mean(axis=0)), low, high, len(values)))
-    return pd.DataFrame(rows, columns=["t", "width", "low", "high", "n"])
+        found = np.array([_half(radii, values.mean(axis=0)), low, high])
+        rows.append((t, *found, *(found * part["noise"].iloc[0]), len(values)))
+    names = ["t", "width", "low", "high", "absolute", "absolute_low", "absolute_high", "n"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def _half(radii: np.ndarray, escaped: np.ndarray) -> float:

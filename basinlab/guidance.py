@@ -15,6 +15,7 @@ import logging
 import math
 from typing import ClassVar
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
@@ -25,13 +26,15 @@ from torch import Tensor
 def describe(guidance: BaseGuidance) -> dict:
     """The class and the settings of a guider, for a record of what was done."""
     config = {k: v for k, v in guidance.config.items() if not k.startswith("_")}
-    return {"guider": type(guidance).__name__, **config}
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in config.items()}
+    return {"guider": type(guidance).__name__, **plain}
 
 
 class _WeightedGuidance(BaseGuidance):
     """Classifier-free guidance (Ho and Salimans 2022) with a weight that depends on the timestep."""
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
+    remembers = False  # whether what it does at a step depends on the steps before
 
     def __init__(self):
         # diffusers warns at each construction that guiders are experimental; once is a reader's fill
@@ -183,6 +186,8 @@ class DynamicTransitionPoint(_WeightedGuidance):
         self.before = before
         self.latest = latest
 
+    remembers = True
+
     def _begin(self) -> None:
         self._previous: list[Tensor] = []  # magnitudes of the last two steps, [B] each
         self._guided: Tensor | None = None  # [B] bool
@@ -257,8 +262,16 @@ class OppositeGuidance(_WeightedGuidance):
             self._rule = StaticTransitionPoint(start, guidance_scale, -opposite_scale)
 
     @property
+    def remembers(self) -> bool:
+        return self._rule.remembers
+
+    @property
     def transition_point(self) -> Tensor | None:
         return self._rule.transition_point
+
+    def _begin(self) -> None:
+        if hasattr(self, "_rule"):
+            self._rule._step = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
@@ -271,7 +284,7 @@ class OppositeGuidance(_WeightedGuidance):
         return self._rule.timesteps_named()
 
     def _needed(self) -> list[str]:
-        return self._rule._needed()
+        return super()._needed() if self._timestep is None else self._rule._needed()
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         return self._rule.forward(pred_cond, pred_uncond)

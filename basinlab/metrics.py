@@ -31,7 +31,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms.functional import normalize, resize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
-from .models import HUB_ID, RESTORE, data_folder
+from .models import HUB_ID, RESTORE, data_folder, without_bars
 
 _SSCD_URL = "https://dl.fbaipublicfiles.com/sscd-copy-detection/"
 _SSCD_SHA256 = {  # its authors give none; this one is pinned alike by several projects that fetched the file
@@ -129,7 +129,7 @@ def _model_folder(name: str, wants: str, hub: bool = False) -> Path:
 
 def _load(kind, folder: Path):
     """A model in float32 for judging, or an error that names the damaged folder."""
-    with _reading(folder, RESTORE):
+    with _reading(folder, RESTORE), without_bars():
         return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
 
 
@@ -430,6 +430,8 @@ def mmd_interval(
 
 def _inception_distance(layer: int, weights: str | Path | None) -> FrechetInceptionDistance:
     """torchmetrics' metric with the weights given, or an error that says what is missing."""
+    if layer not in (64, 192, 768, 2048):
+        raise ValueError(f"Inception has no layer {layer}: give 64, 192, 768 or 2048")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ModuleNotFoundError("the package torch-fidelity is missing: `pip install torch-fidelity==0.4.0`")
     path = _downloaded("Inception's weights", _INCEPTION_URL, weights)
@@ -525,7 +527,4 @@ def mean_pairwise_distance(states: Tensor) -> Tensor:
     Divided by the square root of the state's length: 1.41 for unit Gaussian noise.
     """
     flat = states.flatten(2).transpose(0, 1).float()
-    count = flat.shape[1]
-    # the default of cdist, by way of a dot product, is a third off where the states have become one
-    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.sum(dim=(1, 2)) / (count * (count - 1)) / flat.shape[2] ** 0.5
+    return torch.stack([F.pdist(step).mean() for step in flat]) / flat.shape[2] ** 0.5

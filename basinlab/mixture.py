@@ -81,7 +81,9 @@ class MixtureDenoiser(Denoiser):
 
     def fingerprint(self) -> str:
         numbers = torch.cat([self.centres.flatten(), self.deviations, *self.weights.values()])
-        return hashlib.sha256(numbers.double().numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(numbers.double().numpy().tobytes())
+        digest.update("\n".join(self.weights).encode())
+        return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Weights over the components, [B, 1, K]. Raises ValueError for a prompt that the world has not."""

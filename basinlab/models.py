@@ -30,6 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
@@ -37,6 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 
 def data_folder() -> Path:
@@ -100,6 +102,16 @@ class Denoiser:
     def fingerprint(self) -> str:
         """Which weights these are."""
         raise NotImplementedError
+
+    def settings(self) -> dict:
+        """What a result that is kept was made with: weights, dtype, size of the latents, noise schedule."""
+        schedule = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        return {
+            "weights": self.fingerprint(),
+            "dtype": str(self.dtype),
+            "latents": list(self.latent_shape),
+            "schedule": json.loads(json.dumps(schedule, default=str)),
+        }
 
     @property
     def train_timesteps(self) -> int:
@@ -178,9 +190,9 @@ class StableDiffusion(Denoiser):
         digest = hashlib.sha256()
         for folder in self.folders:
             for path in sorted(p for p in folder.rglob("*.safetensors") if p.name in (WEIGHTS, TEXT_WEIGHTS)):
-                with path.open("rb") as file:
-                    for chunk in iter(lambda file=file: file.read(1 << 24), b""):
-                        digest.update(chunk)
+                if path.parent.name != "safety_checker":
+                    with path.open("rb") as file:
+                        hashlib.file_digest(file, lambda: digest)
         return digest.hexdigest()[:16]
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
@@ -237,8 +249,12 @@ class StableDiffusion(Denoiser):
             ]
             return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).cpu()
 
-    def encode(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
-        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
+    def encode(self, pictures: Tensor, batch_size: int | None = None) -> Tensor:
+        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU.
+
+        By default as many at once as 64 of 64 x 64 pixels.
+        """
+        batch_size = batch_size or max(1, 64 * 64 * 64 // pictures[0, 0].numel())
         with torch.inference_mode():
             parts = [
                 self.vae.encode(part.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mean
@@ -392,7 +408,7 @@ def load(
         pipeline.to(device)
     further = {"pipeline": pipeline} if kind is StableDiffusionXL else {}
     return kind(
-        name=name if own == _cached(name) else own.name,
+        name=name if own == _cached(name) else _name(own.resolve()),
         folders=(folder,) if unet is None else (folder, Path(unet)),
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
@@ -405,9 +421,14 @@ def load(
     )
 
 
+def _name(own: Path) -> str:
+    """What a checkpoint's folder is called: a bundled one by its name, another by its path."""
+    return own.name if own == (data_folder() / own.name).resolve() else str(own)
+
+
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
     """Where the parts of checkpoint ``own`` lie, and the U-Net over them: a fine-tuned one names its base."""
-    settings = json.loads((own / "scenario.json").read_text()) if (own / "scenario.json").exists() else {}
+    settings = read_scenario(str(own)) if (own / "scenario.json").exists() else {}
     if "base" not in settings:
         return own, unet
     folder = own.parent / settings["base"]
@@ -434,7 +455,7 @@ def _pipeline(name: str, folder: Path, dtype: torch.dtype):
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
     theirs, ours, options = _KINDS[parts["_class_name"]]
     _check_files(folder, parts, f"fetch it with {_fetching(name)}" if folder == _cached(name) else RESTORE)
-    with _reading(folder):
+    with _reading(folder), without_bars():
         pipeline = theirs.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
@@ -467,12 +488,27 @@ def _reading(folder: Path):
         ) from error
 
 
+@contextmanager
+def without_bars():
+    """The libraries' own loading bars off for a while: a notebook would keep them all, stuck at their first state."""
+    shown = [bars for bars in (diffusers_logging, transformers_logging) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bar()
+
+
 def read_scenario(name: str) -> dict:
     """The measured settings of a bundled checkpoint: guidance_scale and others, and why (``reason``).
 
     ``base``, where there is one, is the checkpoint beside it that its other parts come from.
     """
-    return json.loads((_folder(name) / "scenario.json").read_text())
+    folder = _folder(name)
+    with _reading(folder):
+        return json.loads((folder / "scenario.json").read_text())
 
 
 def read_prompts(name: str, kind: str) -> pd.DataFrame:
@@ -499,4 +535,8 @@ def read_pictures(paths: Sequence[str | Path]) -> Tensor:
     >>> read_pictures(read_prompts("emoji-duplicated", "memorized")["attractor"][:2]).shape
     torch.Size([2, 3, 64, 64])
     """
-    return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])
+    found = []
+    for path in paths:
+        with Image.open(path) as picture:
+            found.append(to_tensor(picture.convert("RGB")))
+    return torch.stack(found)

@@ -128,6 +128,10 @@ class ConditionAnnealing(Perturbation):
     last: int = 500
     mixing: float = 1.0
 
+    def __post_init__(self):
+        if self.first <= self.last:
+            raise ValueError(f"first is {self.first}, last {self.last}: sampling goes down, give first > last")
+
     def condition(self, conditional, state, timestep):
         gamma = min(1.0, max(0.0, (self.first - timestep) / (self.first - self.last)))
         if gamma == 1:
@@ -185,23 +189,25 @@ def _descend(
 ) -> Tensor:
     """``start`` [B, ...], changed until ``loss`` [B] is at most ``target`` or ``iterations`` are over.
 
-    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each.
+    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each. Steps are made in
+    float32, where the optimizer's squares do not underflow.
     """
-    variable = start.detach().clone().requires_grad_()
-    steps, reached = optimizer([variable]), torch.zeros(len(start), dtype=torch.bool)
-    for iteration in range(iterations + 1):
-        losses = loss(variable)
-        state.calls = state.calls + calls * ~reached
-        reached = reached | (losses.detach() <= target).cpu()
-        if reached.all() or iteration == iterations:
-            break
-        state.gradient_passes = state.gradient_passes + calls * ~reached
-        before = variable.detach().clone()
-        (variable.grad,) = torch.autograd.grad(losses.sum(), [variable])
-        steps.step()
-        with torch.no_grad():
-            variable[reached] = before[reached]
-    return variable.detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        variable = start.detach().float().clone().requires_grad_()
+        steps, reached = optimizer([variable]), torch.zeros(len(start), dtype=torch.bool)
+        for iteration in range(iterations + 1):
+            losses = loss(variable.to(start.dtype))
+            state.calls = state.calls + calls * ~reached
+            reached = reached | (losses.detach() <= target).cpu()
+            if reached.all() or iteration == iterations:
+                break
+            state.gradient_passes = state.gradient_passes + calls * ~reached
+            before = variable.detach().clone()
+            (variable.grad,) = torch.autograd.grad(losses.sum(), [variable])
+            steps.step()
+            with torch.no_grad():
+                variable[reached] = before[reached]
+        return variable.detach().to(start.dtype)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 _PALETTE = sns.color_palette("colorblind")
@@ -212,13 +213,16 @@ def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataF
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     top = max(float(d.max()) for d in distances.values())
     for name, values in distances.items():
-        left.hist(values, np.linspace(0, top, 60), density=True, color=COLOURS[name], alpha=0.55, label=name)
+        bins, line = np.linspace(0, top, 60), {"histtype": "step", "linewidth": 1.8}
+        left.hist(values, bins, density=True, color=COLOURS[name], label=name, **line)
     left.axvline(radius, color="black", linestyle="--", label=f"radius {radius:.3f}")
     left.set(xlabel="distance D to the attractor", ylabel="density", yscale="symlog")
     left.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    right.plot(curve["false_positive"].clip(1e-5), curve["true_positive"], color="black")
-    right.axvline(1e-3, color="gray", linestyle=":", label="0.1 % false positives")
-    right.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate", ylim=(0, 1.03))
+    none = curve.loc[curve["false_positive"] > 0, "false_positive"].min() / 4  # where a logarithmic axis has its 0
+    right.plot(curve["false_positive"].clip(none), curve["true_positive"], color="black")
+    caught = curve.loc[curve["radius"] <= radius, "true_positive"].max()
+    right.plot(none, caught, "o", color="black", label=f"radius {radius:.3f}: none")
+    right.set(xscale="log", xlabel="false-positive rate (left end: none)", ylabel="true-positive rate", ylim=(0, 1.03))
     right.legend(loc="lower right")
     figure.tight_layout()
     return figure
@@ -286,8 +290,9 @@ def basin_maps(
     ``paths`` (name -> [B, S, 2]) are drawn up to each panel's timestep; ``point`` [K, 2] by t is the
     attractor as it stands in the noised plane.
     """
-    figure, axes = plt.subplots(1, len(maps), figsize=(3.1 * len(maps), 3.5), sharex=True, sharey=True)
-    for i, (axis, (t, inside)) in enumerate(zip(axes, maps.items(), strict=True)):
+    shape = {"figsize": (3.1 * len(maps), 4), "sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(maps), **shape)
+    for i, (axis, (t, inside)) in enumerate(zip(axes[0], maps.items(), strict=True)):
         axis.imshow(
             inside.float().numpy(),
             extent=(-limit, limit, -limit, limit),
@@ -297,12 +302,14 @@ def basin_maps(
         )
         step = timesteps.tolist().index(t)
         for name, states in paths.items():
-            for path in states:
+            for n, path in enumerate(states):
                 axis.plot(*path[: step + 1].T, color=COLOURS[name], linewidth=0.8, alpha=0.7)
-                axis.plot(*path[step], marker="o", color=COLOURS[name], markersize=3)
+                axis.plot(*path[step], "o", color=COLOURS[name], markersize=3, label=None if n else name)
         axis.plot(*point[i], marker="x", color="black", markersize=8, linestyle="")
         axis.set(title=f"t = {t}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    figure.tight_layout()
+    legend = {"loc": "outside lower center", "ncols": 3, "title": "shaded: the basin; cross: the attractor"}
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), **legend)
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
     return figure
 
 
@@ -332,18 +339,15 @@ def funnel_section(
 
 
 def widths(table: pd.DataFrame) -> Figure:
-    """The funnel's measured width over t (`basin.funnel_width`), as a multiple of the noise at t."""
-    figure, axis = plt.subplots(figsize=(6.6, 3.8))
+    """The funnel's measured width over t (`basin.funnel_width`): in units of the noise at t, and in the latents'."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    units = {"width": ("", "in units of the noise at t"), "absolute": ("absolute_", "in the latents' own units")}
     known = table[np.isfinite(table["width"])]
-    errors = _errors(known, "width")
-    errors = np.where(np.isfinite(errors), errors, 0)
-    axis.errorbar(known["t"], known["width"], errors, marker="o", capsize=3, color=COLOURS["captured"])
-    axis.set(
-        xlabel="timestep t",
-        ylabel="push that frees one half,\nin units of the noise at t",
-        xlim=(1020, 0),
-        ylim=(0, None),
-    )
+    for axis, (column, (of, label)) in zip(axes, units.items(), strict=True):
+        errors = _errors(known, column, of)
+        errors = np.where(np.isfinite(errors), errors, 0)
+        axis.errorbar(known["t"], known[column], errors, marker="o", capsize=3, color=COLOURS["captured"])
+        axis.set(xlabel="timestep t", ylabel=f"push that frees one half,\n{label}", xlim=(1020, 0), ylim=(0, None))
     figure.tight_layout()
     return figure
 
@@ -384,6 +388,7 @@ def point_errors(table: pd.DataFrame) -> Figure:
         left.scatter(part["measured"], part["dynamic"], s=22, color=COLOURS[share], label=share)
     left.plot([0, 1000], [0, 1000], color="gray", linewidth=1)
     left.set(xlabel="measured point t", ylabel="dynamic point t", xlim=(1000, 0), ylim=(1000, 0))
+    left.set_title("above the line: too late", fontsize=11)
     left.legend(title="duplicate's share")
     error = found["dynamic"] - found["measured"]
     right.hist(error, np.arange(-1000, 1001, 50), color=COLOURS["dynamic"])
@@ -463,15 +468,21 @@ def start_slider(pictures: Tensor, starts: Sequence[int], memorized: Tensor):
 
 # The methods of the comparison: one colour a family.
 _FAMILIES = {
-    "black": ("CFG",),
-    "gray": ("lower scale",),
-    _PALETTE[0]: ("RNA", "RTA", "CWR", "GNI"),
-    _PALETTE[4]: ("Wen", "Ren", "CADS"),
-    _PALETTE[2]: ("Han, per sample", "Han, batch-wise", "SAIL"),
-    _PALETTE[1]: ("interval", "schedule"),
-    _PALETTE[3]: ("STP", "DTP", "OG + STP", "OG + DTP"),
+    "CFG": ("black", ("CFG",)),
+    "its scale": ("gray", ("lower scale",)),
+    "prompt, at random": (_PALETTE[0], ("RNA", "RTA", "CWR", "GNI")),
+    "embedding or attention": (_PALETTE[4], ("Wen", "Ren", "CADS")),
+    "initial noise": (_PALETTE[2], ("Han, per sample", "Han, batch-wise", "SAIL")),
+    "guidance over time": (_PALETTE[1], ("interval", "schedule")),
+    "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
 }
-COLOURS |= {name: colour for colour, names in _FAMILIES.items() for name in names}
+COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
+
+
+def _name_families(figure: Figure) -> None:
+    """A line under ``figure`` that says which colour is which kind of method."""
+    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour, _ in _FAMILIES.values()]
+    figure.legend(marks, _FAMILIES, loc="outside lower center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
 _AXES = {
@@ -487,7 +498,7 @@ def trade_offs(
 ) -> Figure:
     """Memorization against alignment, a panel a method, its settings joined from weak to strong.
 
-    Columns of `comparison.trade_off`; ``across`` and ``upwards`` are two of them, with their intervals.
+    Columns of `bundled.tables.trade_off`; ``across`` and ``upwards`` are two of them, with their intervals.
     Every panel shows all other methods in grey; the cross is plain CFG.
     """
     columns = 5
@@ -507,7 +518,8 @@ def trade_offs(
         axis.set_title(name, fontsize=10)
     figure.supxlabel(_AXES[across], fontsize=11)
     figure.supylabel(_AXES[upwards], fontsize=11)
-    figure.tight_layout()
+    _name_families(figure)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 
 
@@ -538,7 +550,8 @@ def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
         )
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
     axes[0, 0].invert_yaxis()
-    figure.tight_layout()
+    _name_families(figure)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 

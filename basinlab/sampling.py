@@ -14,8 +14,9 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, groupby
 from pathlib import Path
 
 import diffusers
@@ -94,18 +95,20 @@ class Trajectory:
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "Trajectory":
         """Some of the runs: by index, slice or a list of indices."""
         rows = np.atleast_1d(np.arange(len(self))[rows]).tolist()
-        return Trajectory(
-            [self.prompts[i] for i in rows],
-            [self.seeds[i] for i in rows],
-            self.timesteps,
-            self.latents[rows],
-            None if self.predicted is None else self.predicted[rows],
-            self.guidance_magnitude[rows],
-            self.transition_point[rows],
-            self.network_calls[rows],
-            self.gradient_passes[rows],
-            self.denoiser,
-        )
+        of = {name: getattr(self, name) for name in _OF_SAMPLES}
+        chosen = {name: [v[i] for i in rows] if isinstance(v, list) else v[rows] for name, v in of.items()}
+        return replace(self, **chosen, predicted=None if self.predicted is None else self.predicted[rows])
+
+
+_OF_SAMPLES = (
+    "prompts",
+    "seeds",
+    "latents",
+    "guidance_magnitude",
+    "transition_point",
+    "network_calls",
+    "gradient_passes",
+)  # of a trajectory, what has an entry a sample, and so has predicted where it is
 
 
 def initial_noise(denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
@@ -139,7 +142,7 @@ def _checked(denoiser, prompts, seeds, guidances, steps) -> tuple[list[str], lis
     return prompts, seeds
 
 
-def _scheduler(denoiser: Denoiser, name: str | None, steps: int):
+def new_scheduler(denoiser: Denoiser, name: str | None, steps: int):
     """A fresh scheduler, the denoiser's own or the diffusers class called ``name``, set to ``steps``."""
     kind = type(denoiser.scheduler) if name is None else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
@@ -149,7 +152,18 @@ def _scheduler(denoiser: Denoiser, name: str | None, steps: int):
     scheduler.set_timesteps(steps, device=denoiser.device)
     if len(scheduler.timesteps) != steps:  # some predict twice at a step, and so do not go step by step
         raise ValueError(f"{kind.__name__} makes {len(scheduler.timesteps)} predictions in {steps} steps: give another")
+    own, found = denoiser.scheduler.alphas_cumprod, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
+    rising = steps > 1 and scheduler.timesteps[0] < scheduler.timesteps[-1]
+    if rising or found.shape != own.shape or not torch.allclose(found.to(own), own, atol=1e-4):
+        raise ValueError(f"{kind.__name__} does not go down the model's own noise schedule: give another")
     return scheduler
+
+
+def _fresh(guidance: BaseGuidance) -> BaseGuidance:
+    """A copy that has seen no step yet."""
+    guidance = copy.deepcopy(guidance)
+    guidance._step = None
+    return guidance
 
 
 def sample(
@@ -231,8 +245,11 @@ def sample_from(
     torch.Size([1, 26, 2, 1, 1])
     """
     guidance = ConstantGuidance() if guidance is None else guidance
-    if len(prompts) != len(latents):
-        raise ValueError(f"{len(prompts)} prompts for {len(latents)} states: give one for each")
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text: give a list, one prompt for each state")
+    for what, given in (("prompts", prompts), ("seeds", latents if seeds is None else seeds)):
+        if len(given) != len(latents):
+            raise ValueError(f"{len(given)} {what} for {len(latents)} states: give one for each")
     job = _Job.of(denoiser, prompts, [0], (guidance,), steps, scheduler)
     job.seeds = [0] * len(prompts) if seeds is None else list(seeds)
     timesteps = job.scheduler().timesteps.tolist()
@@ -251,19 +268,10 @@ def sample_from(
 
 def _joined(parts: list[Trajectory]) -> Trajectory:
     """One trajectory of several with the same steps."""
-    first = parts[0]
-    return Trajectory(
-        [prompt for p in parts for prompt in p.prompts],
-        [seed for p in parts for seed in p.seeds],
-        first.timesteps,
-        torch.cat([p.latents for p in parts]),
-        None if first.predicted is None else torch.cat([p.predicted for p in parts]),
-        torch.cat([p.guidance_magnitude for p in parts]),
-        torch.cat([p.transition_point for p in parts]),
-        torch.cat([p.network_calls for p in parts]),
-        torch.cat([p.gradient_passes for p in parts]),
-        first.denoiser,
-    )
+    of = {name: [getattr(part, name) for part in parts] for name in _OF_SAMPLES}
+    whole = {name: [*chain.from_iterable(v)] if isinstance(v[0], list) else torch.cat(v) for name, v in of.items()}
+    predicted = None if parts[0].predicted is None else torch.cat([part.predicted for part in parts])
+    return replace(parts[0], **whole, predicted=predicted)
 
 
 @dataclass
@@ -302,7 +310,7 @@ class _Job:
         return [list(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
 
     def scheduler(self) -> SchedulerMixin:
-        return _scheduler(self.denoiser, self.scheduler_name, self.steps)
+        return new_scheduler(self.denoiser, self.scheduler_name, self.steps)
 
     def state(self, rows: list[int], latents: Tensor | None = None) -> "State":
         """The samples at ``latents``, or at their initial noise, before any step is taken."""
@@ -470,7 +478,7 @@ def _run(
     measure: bool = False,
 ) -> Trajectory:
     """All steps from ``first`` on for one batch."""
-    guidance = copy.deepcopy(guidance)
+    guidance = _fresh(guidance)
     kept, seen = [state.latents], []
     for step in range(first, job.steps):
         seen.append(_advance(job, rows, state, step, guidance, measure))
@@ -499,7 +507,7 @@ class Sweep:
 
     Attributes:
         prompts, seeds: B of each.
-        starts: [F] timesteps of the scheduler, falling; 0 stands for never.
+        starts: [F] timesteps of the scheduler, falling; 0 stands for never, but see `start_steps`.
         timesteps: [S].
         latents: [B, F, C, H, W], the clean latents of each start.
         guidance_magnitude: [B, S] before the guidance starts, NaN where it was not measured.
@@ -551,7 +559,8 @@ def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps
     """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
 
     A start between two timesteps begins at the later one, which is warned of; one below the last
-    timestep is never and becomes 0, with the step after the last. Equal ones are taken once.
+    timestep is never and becomes 0, with the step after the last. (Some schedulers have 0 as their last timestep:
+    there 0 is guidance at that one step.) Equal ones are taken once.
     ``None`` is every fourth timestep and never. Raises ValueError for a start outside the schedule.
     """
     times = [int(t) for t in timesteps]
@@ -647,6 +656,7 @@ def bisect(
     scheduler: str | None = None,
     batch_size: int = 32,
     folder: str | Path | None = None,
+    judged_by: str = "",
     progress: bool = True,
 ) -> Bisection:
     """Between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
@@ -656,6 +666,7 @@ def bisect(
     Args:
         captured: of pictures [N, 3, height, width] and the samples they are of (N indices, prompt-major),
             which are captured, [N] bool.
+        judged_by: what ``captured`` goes by, in words; noted in ``folder``, and another one is not mixed in.
 
     The other arguments and errors are those of `sweep`.
 
@@ -685,7 +696,7 @@ def bisect(
         return {"captured": low, "calls": prefix.calls + calls}
 
     most = len(job) * (max(ks) + len(ks).bit_length() * (steps - min(ks)))
-    parts = forks.parts(block, most, folder, progress, bisection=True)
+    parts = forks.parts(block, most, folder, progress, bisection=True, judged_by=judged_by)
     found, calls = (torch.cat([p[name] for p in parts]) for name in ("captured", "calls"))
     return Bisection(job.prompts, job.seeds, list(forks.starts), found, calls)
 
@@ -719,14 +730,14 @@ class _Forks:
         return cls(job, found, before, after, batch_size, measure)
 
     @cached_property
-    def weights(self) -> str:
-        """Hashed once a job, and only where something is kept."""
-        return self.job.denoiser.fingerprint()
+    def denoiser(self) -> dict:
+        """Its weights are hashed once a job, and only where something is kept."""
+        return self.job.denoiser.settings()
 
     def settings(self, rows: list[int]) -> dict:
         """What a kept block must have been made with."""
         return {
-            "weights": self.weights,
+            **self.denoiser,
             "prompts": [self.job.prompts[i] for i in rows],
             "seeds": [self.job.seeds[i] for i in rows],
             "starts": list(self.starts),
@@ -735,7 +746,6 @@ class _Forks:
             "steps": self.job.steps,
             "scheduler": self.job.scheduler_name,
             "measure": self.measure,
-            "dtype": str(self.job.denoiser.dtype),
         }
 
     def parts(
@@ -760,7 +770,7 @@ class _Forks:
 
     def prefix(self, rows: list[int], bar: tqdm) -> _Prefix:
         """Run the steps before any guidance, to the last start."""
-        state, guidance, ks = self.job.beginning(rows), copy.deepcopy(self.before), set(self.starts.values())
+        state, guidance, ks = self.job.beginning(rows), _fresh(self.before), set(self.starts.values())
         everyone, snapshots, calls = range(len(rows)), {}, 0
         magnitude = torch.full((len(rows), self.job.steps), torch.nan)
         for step in range(self.job.steps + 1):
@@ -777,14 +787,17 @@ class _Forks:
         """Clean latents [N, C, H, W] of forks, each (index into ``rows``, step at which it begins)."""
         latents = torch.empty(len(chosen), *self.job.denoiser.latent_shape)
         order = sorted(range(len(chosen)), key=lambda n: chosen[n][1])
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            latents[part] = self._ends_together(rows, prefix, [chosen[n] for n in part], bar)
+        # a guidance that remembers the steps before can take no forks in on the way
+        alone = getattr(self.after, "remembers", True)
+        for _, group in groupby(order, key=lambda n: chosen[n][1] if alone else None):
+            group = list(group)
+            for part in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
+                latents[part] = self._ends_together(rows, prefix, [chosen[n] for n in part], bar)
         return latents
 
     def _ends_together(self, rows, prefix: _Prefix, chosen: list[tuple[int, int]], bar: tqdm) -> Tensor:
         """`ends` of forks that fit into one network call, in the order of their first step."""
-        guidance, running, state = copy.deepcopy(self.after), [], None
+        guidance, running, state = _fresh(self.after), [], None
         for step in range(chosen[0][1], self.job.steps + 1):
             if joining := [i for i, k in chosen if k == step]:
                 old = [] if state is None else [(state, range(len(running)))]
@@ -798,7 +811,7 @@ class _Forks:
 
 def _passes(guidance: BaseGuidance, timesteps: Tensor) -> list[int]:
     """How many predictions ``guidance`` asks for at each step."""
-    guidance, counts = copy.deepcopy(guidance), []
+    guidance, counts = _fresh(guidance), []
     for step, t in enumerate(timesteps):
         guidance.set_state(step, len(timesteps), t)
         counts.append(guidance.num_conditions)
@@ -807,7 +820,7 @@ def _passes(guidance: BaseGuidance, timesteps: Tensor) -> list[int]:
 
 def predictions(guidance: BaseGuidance, denoiser: Denoiser, steps: int = 50) -> int:
     """How many predictions a sample takes under ``guidance``."""
-    return sum(_passes(guidance, _scheduler(denoiser, None, steps).timesteps))
+    return sum(_passes(guidance, new_scheduler(denoiser, None, steps).timesteps))
 
 
 def _kept(
@@ -816,18 +829,19 @@ def _kept(
     """What ``make`` gives, from ``folder`` if it is there already, and kept there, whole or not at all."""
     if folder is None:
         return make()
-    path, wanted = Path(folder) / f"{number:03d}.safetensors", json.dumps(settings(), sort_keys=True)
+    path, wanted = Path(folder) / f"{number:03d}.safetensors", settings()
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
-                if file.metadata()["settings"] != wanted:
+                if json.loads((file.metadata() or {}).get("settings", "{}")) != json.loads(json.dumps(wanted)):
                     raise ValueError(f"{path} was made with other settings: delete {folder}, or give another folder")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, part, {"settings": wanted})
+    part = path.with_suffix(f".{os.getpid()}.part")
+    noted = {"settings": json.dumps(wanted)}
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, part, noted)
     os.replace(part, path)
     return made

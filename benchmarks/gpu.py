@@ -17,7 +17,7 @@ import torch
 from common import RESULTS, ForwardClock, seconds_of, write
 
 import basinlab
-from basinlab import stand_in
+from basinlab.published import stand_in
 
 
 def main() -> None:

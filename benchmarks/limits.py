@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import basinlab
-from basinlab import stand_in
+from basinlab.published import stand_in
 
 
 class Seen:

@@ -21,10 +21,11 @@ from common import by_column, write
 def work(options: argparse.Namespace) -> None:
     """What each process does."""
     import basinlab
-    from basinlab import comparison, experiment
+    from basinlab import experiment
+    from basinlab.bundled import comparison, evaluation
 
     denoiser = basinlab.load("emoji-duplicated")
-    judges = experiment.Judges(denoiser.name)
+    judges = evaluation.Judges(denoiser.name)
     prompts = basinlab.read_prompts(denoiser.name, "memorized").query("kind == 'verbatim'").head(options.prompts)
     strategies = {"CFG": basinlab.ConstantGuidance(5.0), "STP": basinlab.StaticTransitionPoint(500, 5.0)}
     judge = lambda run, rows: comparison.outcome(run, rows, judges)  # noqa: E731

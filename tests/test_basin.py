@@ -209,7 +209,9 @@ def test_funnel_width_is_interpolated_between_radii():
     rows = [("p", seed, 500, radius, radius > edge) for seed, edge in enumerate([1, 1, 3, 3]) for radius in (0, 2, 4)]
     rows += [("p", seed, 300, radius, False) for seed in range(4) for radius in (0, 2, 4)]
     table = pd.DataFrame(rows, columns=["prompt", "seed", "t", "radius", "escaped"])
+    table["noise"] = table["t"] / 1000
     widths = basin.funnel_width(table).set_index("t")
+    assert widths.loc[500, "absolute"] == 1 and widths.loc[500, "absolute_high"] == widths.loc[500, "high"] / 2
     assert widths.loc[500, "width"] == 2 and widths.loc[500, "n"] == 4
     assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
     assert np.isinf(widths.loc[300, "width"])

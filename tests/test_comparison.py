@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import basinlab
-from basinlab import comparison, metrics
-from basinlab.experiment import Judges
+from basinlab import metrics
+from basinlab.bundled import comparison, tables
+from basinlab.bundled.evaluation import Judges
 
 
 def test_settings_are_chosen_on_prompts_that_are_not_compared():
@@ -32,6 +33,7 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     assert {name: strategy.settings() for name, strategy in chosen.items()} == {
         name: tries[min(1, len(tries) - 1)].settings() for name, tries in methods.items()
     }
+    assert [*comparison.chosen_settings(tuning)] == [*methods]  # in the tuning's own order
     assert {name for name in comparison.combinations(chosen)} == {
         f"{prior} + {rule}" for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")
     }
@@ -69,9 +71,9 @@ def test_unknown_names_are_answered_with_the_known_ones():
 
 SCRIPT = """
 import sys
-from basinlab import comparison
+from basinlab.bundled import comparison
 tasks = [t for t in comparison.plan("tiny", only=["CFG", "GNI"]) if t.scenario == "emoji-duplicated"]
-comparison.compare(tasks, sys.argv[1], steps=3, progress=False)
+comparison.compare(tasks, sys.argv[1], progress=False)
 """
 
 
@@ -81,7 +83,7 @@ def tasks():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return comparison.compare(tasks(), tmp_path_factory.mktemp("whole"), steps=3, progress=False)
+    return comparison.compare(tasks(), tmp_path_factory.mktemp("whole"), progress=False)
 
 
 def test_a_comparison_that_was_killed_goes_on_to_the_same_table(tmp_path, table):
@@ -92,7 +94,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_table(tmp_path, table)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL  # it was not over yet
     kept = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
-    resumed = comparison.compare(tasks(), folder, steps=3, progress=False)
+    resumed = comparison.compare(tasks(), folder, progress=False)
     assert kept and all(path.read_bytes() == data for path, data in kept.items())
     pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), table.drop(columns="seconds"))
 
@@ -105,10 +107,10 @@ def test_rows_say_what_became_of_each_sample(table, bundled):
     assert (table.loc[~ordinary, "nearest"] <= table.loc[~ordinary, "distance"] + 1e-6)[
         table["group"] == "memorized"
     ].all()
-    assert (table["calls"] == 6).all() and (table["gradient_passes"] == 0).all()
+    assert (table["calls"] == 20).all() and (table["gradient_passes"] == 0).all()
     # one row again, by hand
     row = table.query("strategy == 'CFG' and group == 'memorized'").iloc[1]
-    options = {"steps": 3, "record": False, "progress": False}
+    options = {"steps": 10, "record": False, "progress": False}
     scale = basinlab.models.read_scenario(bundled.name)["guidance_scale"]
     run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), **options)
     wanted = basinlab.read_prompts(bundled.name, "memorized").query("prompt == @row.prompt")["attractor"]
@@ -155,7 +157,7 @@ NAMES = ("CFG", "STP", "DTP", "OG + STP", "OG + DTP")
 @pytest.fixture(scope="module")
 def rows():
     copied = dict(zip(NAMES, (1.0, 0.0, 0.02, 0.5, 0.6), strict=True))
-    return comparison.summary(synthetic(copied, dict.fromkeys(NAMES, 0.8)))
+    return tables.summary(synthetic(copied, dict.fromkeys(NAMES, 0.8)))
 
 
 def value(rows, strategy, measure, scenario="emoji-duplicated", group="memorized"):
@@ -187,18 +189,18 @@ def test_best_and_what_cannot_be_told_from_it_are_marked(rows):
 
 
 def test_claims_are_held_against_the_numbers(rows):
-    shown = comparison.claims(rows).set_index("claim")["shown"]
+    shown = tables.claims(rows).set_index("claim")["shown"]
     assert shown.filter(like="memorization is gone").tolist() == ["NO (2 of 4)"]
     assert shown.filter(like="it is less").tolist() == ["yes"]
     assert shown.filter(like="no extra predictions").tolist() == ["yes"]
-    worse = comparison.summary(synthetic(dict.fromkeys(NAMES, 0.5), {**dict.fromkeys(NAMES, 0.2), "CFG": 0.9}))
-    shown = comparison.claims(worse).set_index("claim")["shown"]
+    worse = tables.summary(synthetic(dict.fromkeys(NAMES, 0.5), {**dict.fromkeys(NAMES, 0.2), "CFG": 0.9}))
+    shown = tables.claims(worse).set_index("claim")["shown"]
     assert shown.filter(like="alignment is kept").tolist() == ["NO (0 of 4)"]
     assert shown.filter(like="it holds in every scenario").tolist() == ["NO (0 of 8)"]
 
 
 def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):
-    sheet, page, paper = comparison.export(rows, tmp_path / "table")
+    sheet, page, paper = tables.export(rows, tmp_path / "table")
     assert len(pd.read_csv(sheet)) == len(rows)
     line = next(line for line in page.read_text().splitlines() if line.startswith("| STP"))
     assert "0.00 [0.00, 0.04]**" in line
@@ -210,7 +212,7 @@ def test_pairs_tell_a_method_alone_from_its_combinations():
         {"RNA": 0.5, "RNA + DTP": 0.1, "RNA + OG + DTP": 0.0},
         dict.fromkeys(("RNA", "RNA + DTP", "RNA + OG + DTP"), 1.0),
     )
-    found = comparison.pairs(table.query("scenario == 'emoji-duplicated' and group == 'memorized'"))
+    found = tables.pairs(table.query("scenario == 'emoji-duplicated' and group == 'memorized'"))
     assert found["prior"].tolist() == ["RNA"] * 3 and found["other"].tolist() == ["CFG", "DTP", "OG + DTP"]
     assert found["value"].is_monotonic_increasing
 
@@ -239,7 +241,7 @@ def test_a_dry_run_prints_the_plan_and_samples_nothing(tmp_path):
 
 def test_what_was_not_measured_is_left_out_of_the_summary():
     table = synthetic({"RNA": 0.5, "RNA + DTP": 0.1}, {"RNA": 1.0, "RNA + DTP": 1.0}).assign(diversity=np.nan)
-    rows = comparison.summary(table)
+    rows = tables.summary(table)
     assert not {"diversity", "lpips"} & set(rows["measure"]) and rows["value"].notna().all()
 
 

@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 from test_scenarios import LEAST
 
-from basinlab import __main__, downloads, scenarios
+from basinlab import __main__
+from basinlab.published import downloads, scenarios
 
 
 def local(address):

@@ -5,15 +5,16 @@ import pytest
 
 import basinlab
 from basinlab import basin, experiment
+from basinlab.bundled import evaluation
 
 
 def test_grid_resumes_from_its_parts_and_refuses_those_of_another_guidance(bundled, tmp_path):
     prompts = basinlab.read_prompts(bundled.name, "memorized").head(3)
-    judges = experiment.Judges(bundled.name)
+    judges = evaluation.Judges(bundled.name)
 
     def grid(scale):
         guidances = {"cfg": basinlab.ConstantGuidance(scale)}
-        judge = lambda run, rows: experiment.measured(run, rows, judges)  # noqa: E731
+        judge = lambda run, rows: evaluation.measured(run, rows, judges)  # noqa: E731
         return experiment.run_grid(bundled, prompts, [0, 1], guidances, judge, tmp_path, steps=2, block=2)
 
     first = grid(3.0)
@@ -30,19 +31,19 @@ def test_grid_resumes_from_its_parts_and_refuses_those_of_another_guidance(bundl
 
 def test_runs_and_sweeps_are_judged_alike(bundled):
     prompts = basinlab.read_prompts(bundled.name, "memorized").head(2)
-    judges, ball = experiment.Judges(bundled.name), basin.Ball(0.25, 0.0, {})
+    judges, ball = evaluation.Judges(bundled.name), basin.Ball(0.25, 0.0, {})
     wanted, steps, guidance = prompts["prompt"].tolist(), 4, basinlab.ConstantGuidance(3.0)
     options = {"steps": steps, "progress": False}
     sweep = basinlab.sweep(bundled, wanted, [0, 1], [999, 0], after=guidance, **options)
-    table = experiment.judged(sweep, prompts, judges, ball)
+    table = evaluation.judged(sweep, prompts, judges, ball)
     assert table["start"].tolist() == [999, 0] * 4
     assert table["share"].tolist() == prompts["share"].repeat(4).tolist()
     for start in (999, 0):
         run = basinlab.sample(bundled, wanted, [0, 1], basinlab.StaticTransitionPoint(start, 3.0), **options)
-        alone = experiment.judged(run, prompts, judges, ball)
+        alone = evaluation.judged(run, prompts, judges, ball)
         same = table.query("start == @start").drop(columns="start").reset_index(drop=True)
         pd.testing.assert_frame_equal(same, alone, check_exact=False, atol=1e-4)
     # and as the grid's own table has it
-    grid = experiment.measured(run, prompts.loc[prompts.index.repeat(2)].reset_index(drop=True), judges)
+    grid = evaluation.measured(run, prompts.loc[prompts.index.repeat(2)].reset_index(drop=True), judges)
     assert grid["object_right"].tolist() == alone["object_right"].tolist()
     assert grid["distance"].tolist() == pytest.approx(alone["distance"].tolist(), abs=1e-5)

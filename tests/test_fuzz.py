@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_scenarios import LEAST
 
-from basinlab import downloads, experiment, prompt_lists, scenarios
-from basinlab.comparison import kept_path
+from basinlab import experiment
+from basinlab.bundled import evaluation
+from basinlab.bundled.comparison import kept_path
+from basinlab.published import downloads, prompt_lists, scenarios
 
 
 def steady(examples):
@@ -209,4 +211,4 @@ def test_any_table_that_is_written_is_read(tmp_path, rows):
 
 def test_parts_without_a_checksum_are_read():
     assert len(experiment.read_part(kept_path(), {})[0]) > 1000
-    assert len(experiment.read_part(experiment.evaluation_path("emoji-duplicated"), {})[0]) > 1000
+    assert len(experiment.read_part(evaluation.evaluation_path("emoji-duplicated"), {})[0]) > 1000

@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
 
 import basinlab
 
@@ -27,6 +29,15 @@ def test_unknown_name_lists_the_known_ones(data, tiny_folder):
     shutil.copytree(tiny_folder, data / "world")
     with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*\['world'\]"):
         basinlab.load("wrold")
+
+
+def test_loading_shows_no_bars_and_leaves_the_libraries_theirs(tiny_folder, capfd):
+    basinlab.load(str(tiny_folder))
+    basinlab.metrics.Alignment()
+    assert "Loading" not in capfd.readouterr().err
+    with pytest.raises(ValueError):
+        basinlab.load(str(tiny_folder.parent))
+    assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
 
 
 def test_folder_without_a_pipeline_is_named(tmp_path):

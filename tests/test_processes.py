@@ -13,9 +13,10 @@ import pytest
 GRID = """
 import sys
 import basinlab
-from basinlab import comparison, experiment
+from basinlab import experiment
+from basinlab.bundled import comparison, evaluation
 denoiser = basinlab.load("emoji-duplicated")
-prompts, judges = basinlab.read_prompts(denoiser.name, "memorized").head(6), experiment.Judges(denoiser.name)
+prompts, judges = basinlab.read_prompts(denoiser.name, "memorized").head(6), evaluation.Judges(denoiser.name)
 strategies = {"CFG": basinlab.ConstantGuidance(3.0), "STP": basinlab.StaticTransitionPoint(500, 3.0)}
 judge = lambda run, rows: comparison.outcome(run, rows, judges)
 table = experiment.run_grid(denoiser, prompts, range(8), strategies, judge, sys.argv[1], steps=20, block=1)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import basinlab
-from basinlab import experiment, perturbation, published, scenarios, stand_in
+from basinlab import experiment, perturbation
+from basinlab.published import comparison, scenarios, stand_in
 
 PROMPTS, SEEDS = ["an owl", "a tomato"], [0, 1, 2]
 CFG = basinlab.ConstantGuidance(3.0)
@@ -31,11 +32,11 @@ def table(run, tmp_path):
 
 
 def judges(table):
-    return published.judges(scenarios.read("emoji-duplicated"), table)
+    return comparison.judges(scenarios.read("emoji-duplicated"), table)
 
 
 def test_similarity_is_to_the_prompts_own_reference(run, table):
-    seen = published.observed(run, judges(table))
+    seen = comparison.observed(run, judges(table))
     assert seen["similarity"].iloc[:3].argmax() == 1
     assert seen["similarity"].iloc[1] == pytest.approx(1, abs=2e-3)
     assert seen["similarity"].iloc[3:].isna().all()
@@ -46,17 +47,17 @@ def test_an_attractor_is_estimated_where_there_is_no_reference(run, table):
     before = judges(table)
     after = before.estimated(run)
     assert torch.equal(after.references["an owl"], before.references["an owl"])
-    seen = published.observed(run, after)
+    seen = comparison.observed(run, after)
     assert seen["similarity"].iloc[3:].max() == pytest.approx(1, abs=1e-5)  # the medoid itself
 
 
 def test_a_sweep_is_judged_as_separate_runs_are(denoiser, table):
     judging = judges(table)
     sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, [999, 0], after=CFG, steps=4, progress=False)
-    swept = published.swept(sweep, judging)
+    swept = comparison.swept(sweep, judging)
     for start in (999, 0):
         rule = basinlab.StaticTransitionPoint(start, 3.0)
-        alone = published.observed(basinlab.sample(denoiser, PROMPTS, SEEDS, rule, steps=4, progress=False), judging)
+        alone = comparison.observed(basinlab.sample(denoiser, PROMPTS, SEEDS, rule, steps=4, progress=False), judging)
         np.testing.assert_allclose(swept.query("start == @start")["similarity"], alone["similarity"], atol=1e-3)
     assert swept["inside"].equals(swept["similarity"] > 0.5)
 
@@ -64,7 +65,7 @@ def test_a_sweep_is_judged_as_separate_runs_are(denoiser, table):
 def test_measures_have_intervals_over_prompts_and_none_of_what_was_not_measured():
     rows = [("CFG", f"prompt {i}", 0.1 * i, np.nan, 0.5) for i in range(8) for _ in range(3)]
     seen = pd.DataFrame(rows, columns=["strategy", "prompt", "similarity", "clip_score", "diversity"])
-    found = published.measures(seen).set_index("measure")
+    found = comparison.measures(seen).set_index("measure")
     assert list(found.index) == ["similarity", "similarity_95", "diversity"]
     row = found.loc["similarity"]
     assert row["value"] == pytest.approx(0.35) and row["low"] < 0.35 < row["high"]
@@ -74,23 +75,23 @@ def test_measures_have_intervals_over_prompts_and_none_of_what_was_not_measured(
 
 def test_missing_judges_are_named_and_not_measured(run, table, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    judging = published.judges(scenarios.read("sd14-webster"), table)
+    judging = comparison.judges(scenarios.read("sd14-webster"), table)
     assert judging.distance is None and judging.alignment is None and not judging.references
     assert "copy similarity: not measured; SSCD weights" in judging.notices[0]
     assert "alignment: not measured; no CLIP in 'openai/clip" in judging.notices[1]
-    assert published.observed(run, judging)[["similarity", "clip_score", "diversity"]].isna().all(None)
-    assert published.measures(published.observed(run, judging).assign(strategy="CFG")).empty
+    assert comparison.observed(run, judging)[["similarity", "clip_score", "diversity"]].isna().all(None)
+    assert comparison.measures(comparison.observed(run, judging).assign(strategy="CFG")).empty
 
 
 def test_all_methods_go_through_the_grid_with_their_authors_settings(denoiser, run, table, tmp_path):
     scenario = scenarios.read("sd14-webster")
-    methods = published.strategies(scenario)
+    methods = comparison.strategies(scenario)
     assert len(methods) == 18
     assert methods["Wen"].perturbations == (perturbation.PromptOptimization(3.0, 0.05, 10),)
     assert methods["STP"].guidance.start == scenario.static_transition_point
-    short = published.shortened(methods)
+    short = comparison.shortened(methods)
     assert short["Han, per sample"].perturbations[0].iterations == 2 and short["RNA"] == methods["RNA"]
-    judge = lambda run, rows: published.observed(run, judges(table))  # noqa: E731
+    judge = lambda run, rows: comparison.observed(run, judges(table))  # noqa: E731
     grid = experiment.run_grid(denoiser, table.head(1), [0], short, judge, tmp_path / "grid", steps=3)
     assert grid["strategy"].tolist() == list(methods)
     assert grid["calls"].iloc[0] == 6

@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 import basinlab
-from basinlab import prompt_lists, scenarios
-from basinlab.prompt_lists import read_list
+from basinlab.published import prompt_lists, scenarios
+from basinlab.published.prompt_lists import read_list
 
 PAPERS = ("sd14-finetuned", "sd14-webster", "sd21-imagenette", "sd21-laion10k")
 BUNDLED = ("emoji-classes", "emoji-duplicated", "emoji-finetuned")

@@ -11,7 +11,8 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, Stab
 from huggingface_hub import constants
 
 import basinlab
-from basinlab import basin, experiment, guidance, metrics, perturbation, projection, stand_in
+from basinlab import basin, experiment, guidance, metrics, perturbation, projection
+from basinlab.published import stand_in
 
 PROMPTS, SEEDS = ["an owl", "true pretzel sun"], [0, 1]
 OPTIONS = {"steps": 5, "progress": False}

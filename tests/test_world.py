@@ -10,24 +10,25 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import basinlab
-from basinlab import basin, experiment, metrics, scorecard
+from basinlab import basin, metrics
+from basinlab.bundled import evaluation, scorecard
 
 NAME = "emoji-duplicated"
 DATA = basinlab.data_folder()
 
 
 @pytest.fixture(scope="module")
-def evaluation(bundled):
-    return experiment.read_evaluation(bundled)
+def kept(bundled):
+    return evaluation.read_evaluation(bundled)
 
 
 @pytest.fixture(scope="module")
-def ball(evaluation):
-    return scorecard.ball_of(evaluation, NAME, metrics.CopyDistance())
+def ball(kept):
+    return scorecard.ball_of(kept, NAME, metrics.CopyDistance())
 
 
 def test_plain_diffusers_pipeline_shows_the_memorization(ball):
-    scenario = experiment.read_scenario(NAME)
+    scenario = basinlab.read_scenario(NAME)
     pipeline = StableDiffusionPipeline.from_pretrained(DATA / NAME, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     rows = basinlab.read_prompts(NAME, "memorized").query("kind == 'verbatim' and share == 0.95").head(4)
@@ -52,22 +53,22 @@ def test_all_weights_are_half_precision_safetensors_below_40_megabytes():
         assert torch.float32 not in kinds, path
 
 
-def test_evaluation_belongs_to_these_weights_and_covers_the_plan(evaluation):
-    counts = evaluation.groupby(["group", "guidance"]).size()
+def test_evaluation_belongs_to_these_weights_and_covers_the_plan(kept):
+    counts = kept.groupby(["group", "guidance"]).size()
     assert counts["memorized"].to_dict() == {"cfg": 384, "late": 384, "none": 384}
     assert counts["ordinary"].to_dict() == {"cfg": 384, "none": 384}
-    assert (counts["sweep"] == 192).all() and len(counts["sweep"]) == len(experiment.STARTS)
+    assert (counts["sweep"] == 192).all() and len(counts["sweep"]) == len(evaluation.STARTS)
 
 
 def test_evaluation_of_other_weights_is_refused(bundled, monkeypatch):
     monkeypatch.setattr(type(bundled), "fingerprint", lambda self: "0" * 16)
     with pytest.raises(ValueError, match="another weights"):
-        experiment.read_evaluation(bundled)
+        evaluation.read_evaluation(bundled)
 
 
-def test_kept_rows_are_what_sampling_gives_now(bundled, evaluation):
-    scale = experiment.read_scenario(NAME)["guidance_scale"]
-    row = evaluation.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
+def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
+    scale = basinlab.read_scenario(NAME)["guidance_scale"]
+    row = kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
     run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), progress=False)
     rows = basinlab.read_prompts(NAME, "memorized")
     attractor = basinlab.read_pictures(rows[rows["prompt"] == row["prompt"]]["attractor"])
@@ -75,7 +76,7 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, evaluation):
 
 
 def test_scenario_gives_the_reason_for_its_scale():
-    scenario = experiment.read_scenario(NAME)
+    scenario = basinlab.read_scenario(NAME)
     assert 0 <= scenario["late_start"] < 1000 and scenario["guidance_scale"] > 1
     assert len(scenario["reason"]) > 40
 
@@ -89,8 +90,8 @@ def test_what_made_the_weights_is_recorded():
         assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
-def test_guidance_from_the_start_copies_and_late_guidance_copies_less(evaluation, ball):
-    inside = evaluation.assign(inside=evaluation["distance"] <= ball.radius)
+def test_guidance_from_the_start_copies_and_late_guidance_copies_less(kept, ball):
+    inside = kept.assign(inside=kept["distance"] <= ball.radius)
     shares = inside.query("group == 'memorized'").groupby("guidance")["inside"]
     counts = shares.sum(), shares.size()
     low, high = basin.wilson_interval(*counts)
@@ -119,7 +120,7 @@ def test_layout_floor_is_between_other_families_and_the_own_one():
 
 def test_bundled_clip_names_95_of_100_real_objects():
     pictures, names = scorecard.real_scenes()
-    judges = experiment.Judges(NAME)
+    judges = evaluation.Judges(NAME)
     assert metrics.object_right(judges.alignment, pictures, names, judges.names).float().mean() >= 0.95
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .models import read_prompts
+from ..models import read_prompts
 
 FILE_NAME = r"[^/\\.][^/\\]*"
 

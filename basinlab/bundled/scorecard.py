@@ -1,6 +1,6 @@
 """What a bundled checkpoint must show, claim by claim, read off its evaluation.
 
-``scorecard`` takes the table of `experiment.evaluate` and gives one row a claim: value, 95%
+``scorecard`` takes the table of `evaluation.evaluate` and gives one row a claim: value, 95%
 interval, n, the goal and whether it holds. Shares have Wilson intervals; other values a
 percentile bootstrap, over prompts where samples of a prompt belong together.
 """
@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import metrics
-from .basin import Ball, auc, bootstrap_interval, calibrate_ball, first_local_minimum, wilson_interval
-from .experiment import Judges
-from .models import Denoiser, data_folder, read_pictures, read_prompts
+from .. import metrics
+from ..basin import Ball, auc, bootstrap_interval, calibrate_ball, first_local_minimum, wilson_interval
+from ..models import Denoiser, data_folder, read_pictures, read_prompts
+from .evaluation import Judges
 
 
 def real_scenes() -> tuple[torch.Tensor, list[str]]:
@@ -94,16 +94,25 @@ def _over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
 
 
 @dataclass
-class _Card:
-    """Rows of the scorecard as they are found."""
+class Card:
+    """Claims as they are found, each with its value, 95% interval, n, goal and whether it holds.
+
+    >>> card = Card()
+    >>> card.share("the die shows six", [True, False, False, False], most=0.5)
+    >>> card.table().round(2).to_dict("records")  # doctest: +NORMALIZE_WHITESPACE
+    [{'claim': 'the die shows six', 'value': 0.25, 'low': 0.05, 'high': 0.7, 'n': 4,
+      'goal': 'at most 0.5', 'holds': 'yes'}]
+    """
 
     rows: list[tuple] = field(default_factory=list)
 
     def add(self, claim: str, value: float, interval: tuple[float, float], n: int, goal: str, holds: bool | None):
+        """A claim whose verdict is known; None is "reported"."""
         verdict = {True: "yes", False: "NO", None: "reported"}[None if holds is None else bool(holds)]
         self.rows.append((claim, float(value), *map(float, interval), int(n), goal, verdict))
 
     def share(self, claim: str, truth, least: float | None = None, most: float | None = None):
+        """A claim about the share of ``truth`` [n] bool, which is to be at ``least`` or at ``most`` so much."""
         truth = np.asarray(truth, bool)
         value, goal, holds = truth.mean(), "", None
         if least is not None:
@@ -112,8 +121,12 @@ class _Card:
             goal, holds = f"at most {most:g}", value <= most
         self.add(claim, value, wilson_interval(truth.sum(), len(truth)), len(truth), goal, holds)
 
+    def table(self) -> pd.DataFrame:
+        """One row a claim: claim, value, low, high (95%), n, goal, holds ("yes", "NO" or "reported")."""
+        return pd.DataFrame(self.rows, columns=["claim", "value", "low", "high", "n", "goal", "holds"])
 
-def _instruments(card: _Card, denoiser: Denoiser, judges: Judges) -> None:
+
+def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = real_scenes()
     psnr = metrics.psnr(denoiser.decode(denoiser.encode(pictures)), pictures).numpy()
@@ -132,7 +145,7 @@ def _instruments(card: _Card, denoiser: Denoiser, judges: Judges) -> None:
     )
 
 
-def _memorization(card: _Card, table: pd.DataFrame) -> None:
+def _memorization(card: Card, table: pd.DataFrame) -> None:
     """CFG from T against CFG late, and the fall between them."""
     always, late = (table.query("group == 'memorized' and guidance == @g") for g in ("cfg", "late"))
     card.share("memorized, CFG from T: inside the ball", always["inside"], 0.85)
@@ -151,7 +164,7 @@ def _memorization(card: _Card, table: pd.DataFrame) -> None:
     )
 
 
-def _ordinary(card: _Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
+def _ordinary(card: Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
     """Ordinary prompts are drawn as asked and copy nothing."""
     ordinary = table.query("group == 'ordinary' and guidance == 'cfg'")
     card.share("ordinary, CFG from T: inside any duplicate's ball", ordinary["near"], most=0.02)
@@ -170,7 +183,7 @@ def _ordinary(card: _Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
     )
 
 
-def _saturation(card: _Card, table: pd.DataFrame) -> None:
+def _saturation(card: Card, table: pd.DataFrame) -> None:
     real = float(metrics.saturated_share(real_scenes()[0]).mean())
     for group in ("ordinary", "memorized"):
         values = table.query("group == @group and guidance == 'cfg'")["saturated"].to_numpy() / real
@@ -178,21 +191,21 @@ def _saturation(card: _Card, table: pd.DataFrame) -> None:
         card.add(claim, values.mean(), bootstrap_interval(values), len(values), "at most 3", values.mean() <= 3)
 
 
-def _magnitude(card: _Card, table: pd.DataFrame) -> None:
+def _magnitude(card: Card, table: pd.DataFrame) -> None:
     """What the guidance magnitude of unguided trajectories tells."""
     parts = [table.query("group == @g and guidance == 'none'") for g in ("memorized", "ordinary")]
     memorized, ordinary = (torch.tensor(np.stack(part["magnitude"])) for part in parts)
     falling = torch.arange(memorized.shape[1], 0, -1)
     found = ~first_local_minimum(memorized, falling).isnan()
-    card.share("memorized, unguided: magnitude has a local minimum (aim 0.7)", found)
+    card.share("memorized, unguided: magnitude has a local minimum", found, 0.7)
     first = [m[:, :3].mean(dim=1) for m in (memorized, ordinary)]
     value, rng = auc(*first), np.random.default_rng(0)
     drawn = [auc(*(x[rng.integers(len(x), size=len(x))] for x in first)) for _ in range(500)]
-    claim = "AUC of the magnitude at the first 3 steps (aim 0.9)"
-    card.add(claim, value, np.quantile(drawn, [0.025, 0.975]), sum(map(len, first)), "", None)
+    claim, interval = "AUC of the magnitude at the first 3 steps", np.quantile(drawn, [0.025, 0.975])
+    card.add(claim, value, interval, sum(map(len, first)), "at least 0.9", value >= 0.9)
 
 
-def _templates(card: _Card, table: pd.DataFrame, name: str) -> None:
+def _templates(card: Card, table: pd.DataFrame, name: str) -> None:
     templates = table.query("group == 'template' and guidance == 'cfg'")
     floor = layout_floor(name)
     card.share(f"template, CFG from T: layout kept (similarity over {floor:.2f})", templates["layout"] > floor, 0.8)
@@ -200,14 +213,14 @@ def _templates(card: _Card, table: pd.DataFrame, name: str) -> None:
 
 
 def scorecard(table: pd.DataFrame, ball: Ball, denoiser: Denoiser, judges: Judges) -> pd.DataFrame:
-    """One row a claim: claim, value, low, high (95%), n, goal, holds ("yes", "NO" or "reported")."""
+    """Every claim about a bundled checkpoint, off its evaluation, as `Card.table` has them."""
     nearest = np.stack(table["to_duplicates"]).min(axis=1)
     table = table.assign(inside=table["distance"] <= ball.radius, near=nearest <= ball.radius)
-    card = _Card()
+    card = Card()
     _instruments(card, denoiser, judges)
     _memorization(card, table)
     _ordinary(card, table, denoiser)
     _saturation(card, table)
     _magnitude(card, table)
     _templates(card, table, denoiser.name)
-    return pd.DataFrame(card.rows, columns=["claim", "value", "low", "high", "n", "goal", "holds"])
+    return card.table()

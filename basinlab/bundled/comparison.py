@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import metrics
-from . import perturbation as p
-from .basin import Ball, bootstrap_interval, wilson_interval
-from .experiment import Judges, processes, read_evaluation, read_part, run_grid, write_part
-from .guidance import (
+from .. import metrics
+from .. import perturbation as p
+from ..basin import Ball
+from ..experiment import processes, read_part, run_grid, write_part
+from ..guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
     GuidanceInterval,
@@ -27,10 +27,11 @@ from .guidance import (
     ScheduledGuidance,
     StaticTransitionPoint,
 )
-from .models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
-from .perturbation import Perturbation, Strategy, combined
-from .sampling import Trajectory
-from .scorecard import ball_of, layout_floor, real_scenes
+from ..models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
+from ..perturbation import Perturbation, Strategy, combined
+from ..sampling import Trajectory
+from .evaluation import Judges, read_evaluation
+from .scorecard import ball_of, layout_floor
 
 MAIN = "emoji-duplicated"
 SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
@@ -88,7 +89,7 @@ def combinations(chosen: Mapping[str, Strategy]) -> dict[str, Strategy]:
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is sampled: prompts and seeds of each group, and what the trade-offs and combinations get.
+    """How much is sampled: prompts and seeds of each group, what the trade-offs and combinations get, the steps.
 
     ``ordinary_elsewhere``: whether ordinary prompts are sampled in the other scenarios too.
     """
@@ -98,10 +99,11 @@ class Profile:
     seeds: int
     extra: tuple[int, int]  # prompts, seeds
     ordinary_elsewhere: bool = False
+    steps: int = 50
 
 
 PROFILES = {
-    "tiny": Profile(3, 3, 2, (3, 1)),  # for tests
+    "tiny": Profile(3, 3, 2, (3, 1), steps=10),  # for tests
     "reader": Profile(6, 4, 2, (6, 1)),
     "paper": Profile(32, 16, 4, (16, 2), ordinary_elsewhere=True),
 }
@@ -202,7 +204,7 @@ def tuning_path() -> Path:
 
 def chosen_settings(tuning: pd.DataFrame) -> dict[str, int]:
     """Of each method the setting with most samples new and right; of equal ones the weakest."""
-    best = tuning.sort_values("setting").groupby("method", sort=False)["new_and_right"].idxmax()
+    best = tuning.sort_values("setting", kind="stable").groupby("method", sort=False)["new_and_right"].idxmax()
     return dict(zip(best.index, tuning.loc[best, "setting"].tolist(), strict=True))
 
 
@@ -231,9 +233,10 @@ class Task:
     seeds: range
     strategies: Mapping[str, Strategy]
     of: str  # "methods", "settings" or "combinations"
+    steps: int
 
     def settings(self) -> dict:
-        """All that tells it from another, for a record of what was done."""
+        """All that tells it from another of the same size, for a record of what was done."""
         return {
             **{name: getattr(self, name) for name in ("scenario", "group", "of")},
             "prompts": self.prompts["prompt"].tolist(),
@@ -244,9 +247,9 @@ class Task:
     def samples(self) -> int:
         return len(self.prompts) * len(self.seeds) * len(self.strategies)
 
-    def predictions(self, denoiser: Denoiser, steps: int) -> int:
+    def predictions(self, denoiser: Denoiser) -> int:
         """At most so many network predictions, a differentiated one counted as three."""
-        each = sum(strategy.predictions(denoiser, steps) for strategy in self.strategies.values())
+        each = sum(strategy.predictions(denoiser, self.steps) for strategy in self.strategies.values())
         return len(self.prompts) * len(self.seeds) * each
 
 
@@ -272,28 +275,29 @@ def plan(
             raise ValueError(f"no method {unknown}: give some of {sorted(methods)}")
         methods = {name: methods[name] for name in only or methods}
         parts = groups(scenario, size)
-        tasks += [Task(scenario, group, rows, range(size.seeds), methods, "methods") for group, rows in parts.items()]
+        wanted = [(group, rows, size.seeds, methods, "methods") for group, rows in parts.items()]
         if scenario == MAIN and not only:
-            few, seeds = _spread(parts["memorized"], size.extra[0]), range(size.extra[1])
-            tasks.append(Task(scenario, "memorized", few, seeds, _settings(contenders(scale)), "settings"))
-            tasks.append(Task(scenario, "memorized", few, seeds, combinations(methods), "combinations"))
+            few = ("memorized", _spread(parts["memorized"], size.extra[0]), size.extra[1])
+            wanted += [(*few, _settings(contenders(scale)), "settings"), (*few, combinations(methods), "combinations")]
+        tasks += [Task(scenario, g, rows, range(seeds), tried, of, size.steps) for g, rows, seeds, tried, of in wanted]
     return tasks
 
 
-def cost(tasks: list[Task], device: str = "cpu", steps: int = 50, shared_by: int = 1) -> str:
+def cost(tasks: list[Task], device: str = "cpu", shared_by: int = 1) -> str:
     """The plan in words: samples and predictions of each task, and how long they take at the rate measured here."""
     denoiser = load(MAIN, device=device)
     latents, embedding = torch.zeros(64, *denoiser.latent_shape), denoiser.embed([""]).expand(64, -1, -1)
-    denoiser(latents.to(device), 500, embedding)
+    predict = lambda: denoiser(latents.to(device), 500, embedding).sum().item()  # noqa: E731  (waits for the device)
+    predict()
     began = time.perf_counter()
-    denoiser(latents.to(device), 500, embedding)
+    predict()
     rate = (time.perf_counter() - began) / 64
     lines = [
         f"{'scenario':18} {'group':10} {'of':13} {'prompts':>7} {'seeds':>5} {'strategies':>10} {'predictions':>12}"
     ]
     total = 0
     for task in tasks:
-        count = task.predictions(denoiser, steps)
+        count = task.predictions(denoiser)
         lines.append(
             f"{task.scenario:18} {task.group:10} {task.of:13} {len(task.prompts):7} {len(task.seeds):5} "
             f"{len(task.strategies):10} {count:12,}"
@@ -304,9 +308,7 @@ def cost(tasks: list[Task], device: str = "cpu", steps: int = 50, shared_by: int
     return "\n".join(lines)
 
 
-def compare(
-    tasks: list[Task], folder: str | Path, *, device: str = "cpu", steps: int = 50, progress: bool = True
-) -> pd.DataFrame:
+def compare(tasks: list[Task], folder: str | Path, *, device: str = "cpu", progress: bool = True) -> pd.DataFrame:
     """Sample and judge all ``tasks``: the columns of `outcome`, and scenario, group, of, strategy, seconds, copied.
 
     ``copied``: inside the ball of a picture learned with the prompt; for templates, the layout is
@@ -320,9 +322,9 @@ def compare(
         for scenario in dict.fromkeys(task.scenario for task in tasks):
             denoiser, judges = load(scenario, device=device), Judges(scenario, device, lpips)
             judge = lambda run, rows, judges=judges: outcome(run, rows, judges)  # noqa: E731
-            options = {"steps": steps, "judges": judges.fingerprint(), "bar": bar}
+            options = {"judges": judges.fingerprint(), "bar": bar}
             for task in (task for task in tasks if task.scenario == scenario):
-                place = Path(folder) / f"{scenario}-{task.group}-{task.of}"
+                place, options["steps"] = Path(folder) / f"{scenario}-{task.group}-{task.of}", task.steps
                 rows = run_grid(denoiser, task.prompts, task.seeds, task.strategies, judge, place, **options)
                 tables.append(rows.assign(scenario=scenario, group=task.group, of=task.of))
     table = pd.concat(tables, ignore_index=True)
@@ -353,214 +355,3 @@ def obtain(profile: str, folder: str | Path, **options) -> pd.DataFrame:
     if profile == "paper" and processes().is_main_process:
         write_part(table, kept_path(), made_with)
     return table
-
-
-MEASURES = {  # name -> whether more of it is better, on memorized prompts
-    "copied": False,
-    "similarity": False,
-    "similarity_95": False,
-    "lpips": True,
-    "object_right": True,
-    "clip_score": True,
-    "new_and_right": True,
-    "cmmd": False,
-    "diversity": True,
-    "saturated": False,
-}
-
-
-def summary(table: pd.DataFrame, by=("scenario", "group", "strategy")) -> pd.DataFrame:
-    """One row a scenario, group, strategy and measure: value, low, high (95%), n samples, prompts, and ``best``.
-
-    Intervals are percentile bootstraps over prompts, a Wilson interval where every sample agrees,
-    and for CMMD a jackknife over prompts. ``best`` is "best", "tied" where the interval overlaps
-    that of the best, or "". Cost (calls, gradient_passes, seconds) is relative to CFG's calls and seconds.
-    """
-    table = table.astype({"copied": bool}).assign(
-        similarity=1 - table["distance"].fillna(table["nearest"]),
-        new_and_right=table["object_right"] & ~table["copied"].astype(bool),
-    )
-    reference = metrics_reference()
-    rows = [
-        dict(zip(by, key, strict=True)) | row
-        for key, part in table.groupby(list(by), sort=False)
-        for row in _measured(part, reference)
-    ]
-    return _marked(pd.DataFrame(rows), [name for name in by if name != "strategy"])
-
-
-def metrics_reference() -> torch.Tensor:
-    """CLIP features of the bundled real scenes that no training saw."""
-    return metrics.Alignment().picture_features(real_scenes()[0])
-
-
-def _measured(part: pd.DataFrame, reference: torch.Tensor):
-    """The measures of one strategy on one group of prompts."""
-    count = {"n": len(part), "prompts": part["prompt"].nunique()}
-    for name in MEASURES:
-        if name in ("lpips", "diversity") and (name not in part or part[name].isna().all()):
-            continue  # no weights for it, or one seed only
-        if name == "cmmd":
-            features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
-            prompts = part["prompt"].tolist()
-            value = float(metrics.cmmd(features, reference, groups=prompts))
-            low, high = metrics.mmd_interval(features, prompts, reference)
-        elif name == "similarity_95":
-            value, low, high = quantile_interval([rows.to_numpy() for _, rows in part.groupby("prompt")["similarity"]])
-        else:
-            value, low, high = mean_interval(part, name)
-        yield {"measure": name, "value": value, "low": float(low), "high": float(high), **count}
-    for name in ("calls", "gradient_passes", "seconds"):
-        value = part[name].mean()
-        yield {"measure": name, "value": value, "low": value, "high": value, **count}
-
-
-def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
-    """Mean of a column, bootstrapped over prompts; where all samples of a share agree, Wilson's interval."""
-    means = part.groupby("prompt")[name].mean().to_numpy(float)
-    low, high = bootstrap_interval(means, resamples=1000)
-    if part[name].dtype == bool and low == high:  # a bootstrap of equal values knows no doubt
-        low, high = wilson_interval(part[name].sum(), len(part))
-    return means.mean(), float(low), float(high)
-
-
-def quantile_interval(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
-    """The q-quantile of all values, and its interval over the prompts that they are listed by."""
-    statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
-    everyone = np.arange(len(values))
-    return statistic(everyone), *bootstrap_interval(everyone, statistic, resamples=500)
-
-
-def _marked(rows: pd.DataFrame, within: list[str]) -> pd.DataFrame:
-    """With costs relative to CFG, and the best of each measure marked."""
-    for _, part in rows.groupby([*within, "measure"]):
-        name, cfg = part["measure"].iloc[0], part.loc[part["strategy"] == "CFG", "value"]
-        if name in ("calls", "seconds") and len(cfg):
-            rows.loc[part.index, ["value", "low", "high"]] /= cfg.iloc[0]
-        if name in MEASURES:
-            top = part.loc[part["value"].idxmax() if MEASURES[name] else part["value"].idxmin()]
-            tied = (part["low"] <= top["high"]) & (part["high"] >= top["low"])
-            rows.loc[part.index, "best"] = np.where(part.index == top.name, "best", np.where(tied, "tied", ""))
-    return rows.fillna({"best": ""})
-
-
-def trade_off(table: pd.DataFrame) -> pd.DataFrame:
-    """Of samples at every setting: method, setting, n, and means with intervals (_low, _high).
-
-    Of copied, object_right, similarity to the learned picture and clip_score.
-    """
-    found, table = [], table.astype({"copied": bool}).assign(similarity=1 - table["distance"])
-    for name, part in table.groupby("strategy", sort=False):
-        method, setting = name.rsplit(" #", 1)
-        row = {"method": method, "setting": int(setting), "n": len(part)}
-        for column in ("copied", "object_right", "similarity", "clip_score"):
-            row |= dict(zip((column, f"{column}_low", f"{column}_high"), mean_interval(part, column), strict=True))
-        found.append(row)
-    return pd.DataFrame(found)
-
-
-def at_settings(table: pd.DataFrame, chosen: Mapping[str, int]) -> pd.DataFrame:
-    """Those rows of samples at every setting that are at the chosen ones, called by the method."""
-    names = {f"{method} #{setting}": method for method, setting in chosen.items()}
-    return table[table["strategy"].isin(names)].assign(strategy=lambda rows: rows["strategy"].map(names))
-
-
-def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Share new and right of each prior method, alone (``other`` is "CFG") and combined, with low and high."""
-    rows = summary(table).query("measure == 'new_and_right'")
-    split = [[*name.split(" + ", 1), "CFG"][:2] for name in rows["strategy"]]
-    return rows[["value", "low", "high", "n"]].assign(prior=[p for p, _ in split], other=[o for _, o in split])
-
-
-LABELS = {
-    "copied": "copied",
-    "similarity": "copy similarity",
-    "similarity_95": "its 95th percentile",
-    "lpips": "LPIPS",
-    "object_right": "object right",
-    "clip_score": "CLIP score",
-    "new_and_right": "new and right",
-    "cmmd": "CMMD",
-    "diversity": "diversity",
-    "saturated": "saturated",
-    "calls": "predictions, times CFG's",
-    "gradient_passes": "gradient passes",
-    "seconds": "seconds, times CFG's",
-}
-
-
-def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(LABELS)) -> pd.DataFrame:
-    """One line a strategy, one column a measure, "value [low, high]"; ** the best, * tied with it."""
-    stars = rows["best"].map({"best": "**", "tied": "*", "": ""})
-    bare = rows["low"] == rows["high"]
-    text = [
-        f"{v:.2f}" if b else f"{v:.2f} [{lo:.2f}, {hi:.2f}]"
-        for v, lo, hi, b in zip(rows["value"], rows["low"], rows["high"], bare, strict=True)
-    ]
-    shown = rows.assign(text=pd.Series(text, rows.index) + stars)
-    table = shown.pivot(index="strategy", columns="measure", values="text").reindex(rows["strategy"].unique())
-    return table[[m for m in measures if m in table]].rename(columns=LABELS)
-
-
-def export(rows: pd.DataFrame, path: str | Path) -> list[Path]:
-    """Write a summary as PATH.csv (one row a measure), PATH.md and PATH.tex (a table a scenario and group)."""
-    path = Path(path)
-    rows.to_csv(path.with_suffix(".csv"), index=False, float_format="%.5g")
-    parts = {
-        f"{scenario}, {group}": wide(part)
-        for (scenario, group), part in rows.groupby(["scenario", "group"], sort=False)
-    }
-    path.with_suffix(".md").write_text(
-        "\n".join(f"## {name}\n\n{table.to_markdown()}\n" for name, table in parts.items())
-    )
-    path.with_suffix(".tex").write_text(
-        "\n".join(table.to_latex(caption=name, escape=True) for name, table in parts.items())
-    )
-    return [path.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
-
-
-OWN = ("STP", "DTP", "OG + STP", "OG + DTP")
-
-
-def claims(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper's claims about its strategies, held against a summary: claim, here (the numbers), shown (yes or NO)."""
-    at = rows.set_index(["scenario", "group", "strategy", "measure"]).sort_index()
-    memorized = [(s, "memorized") for s in dict.fromkeys(rows["scenario"])]
-    found = []
-
-    def claim(text: str, measure: str, groups, holds, names=OWN) -> None:
-        verdicts, numbers = [], []
-        for scenario, group in groups:
-            cfg = at.loc[(scenario, group, "CFG", measure)]
-            for name in names:
-                own = at.loc[(scenario, group, name, measure)]
-                verdicts.append(bool(holds(own, cfg)))
-                numbers.append(f"{name} {own['value']:.2f} [{own['low']:.2f}, {own['high']:.2f}]")
-            numbers[-len(names)] = f"{scenario}, CFG {cfg['value']:.2f}: {numbers[-len(names)]}"
-        shown = "yes" if all(verdicts) else f"NO ({sum(verdicts)} of {len(verdicts)})"
-        found.append({"claim": text, "here": "; ".join(numbers), "shown": shown})
-
-    main = memorized[:1]
-    claim("memorization is gone: at most 5% copies", "copied", main, lambda own, cfg: own["value"] <= 0.05)
-    claim("it is less, beyond doubt", "copied", main, lambda own, cfg: own["high"] < cfg["low"])
-    claim(
-        "alignment is kept: objects as right as under CFG",
-        "object_right",
-        main,
-        lambda own, cfg: own["high"] >= cfg["low"],
-    )
-    claim("quality is kept: CMMD no worse than CFG's", "cmmd", main, lambda own, cfg: own["low"] <= cfg["high"])
-    claim("no extra predictions", "calls", main, lambda own, cfg: own["value"] <= 1)
-    claim(
-        "ordinary prompts lose nothing: objects as right",
-        "object_right",
-        [(MAIN, "ordinary")],
-        lambda own, cfg: own["high"] >= cfg["low"],
-    )
-    claim(
-        "it holds in every scenario: fewer copies, beyond doubt",
-        "copied",
-        memorized,
-        lambda own, cfg: own["high"] < cfg["low"],
-    )
-    return pd.DataFrame(found)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .models import UNCHECKED, Denoiser, data_folder
+from ..models import UNCHECKED, Denoiser, data_folder
 
 GENERATIONS = ("sd1", "sd2", "sdxl")
 TOKENS = 77
@@ -197,11 +197,12 @@ def count(model: str | Denoiser, resolution: int | None = None, dtype: torch.dty
     """
     with torch.device("meta"):
         if isinstance(model, str):
-            network = unet(model)
+            network, tokens = unet(model), TOKENS
             side = resolution // 8 if resolution else network.config.sample_size
         else:
             network, side = UNet2DConditionModel.from_config(model.unet.config), model.latent_shape[-1]
-        inputs = {"encoder_hidden_states": torch.empty(1, TOKENS, network.config.cross_attention_dim)}
+            tokens = model.tokenizer.model_max_length
+        inputs = {"encoder_hidden_states": torch.empty(1, tokens, network.config.cross_attention_dim)}
         if pooled := network.config.projection_class_embeddings_input_dim:
             pooled -= 6 * network.config.addition_time_embed_dim
             inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}

@@ -2,7 +2,7 @@
 
 ``strategies`` are all methods with their authors' constants, ``judges`` what looks at the pictures,
 ``observed`` what became of each sample and ``measures`` what the paper's tables hold. In the bundled
-world, where the truth is known, `comparison` takes their place.
+world, where the truth is known, `bundled.comparison` takes their place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import metrics
-from . import perturbation as p
-from .basin import estimate_attractor
-from .comparison import mean_interval, quantile_interval
-from .guidance import (
+from .. import metrics
+from .. import perturbation as p
+from ..basin import estimate_attractor, mean_interval, quantile_interval
+from ..guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
     GuidanceInterval,
@@ -26,9 +25,9 @@ from .guidance import (
     ScheduledGuidance,
     StaticTransitionPoint,
 )
-from .models import read_pictures
-from .perturbation import Strategy
-from .sampling import Sweep, Trajectory
+from ..models import read_pictures
+from ..perturbation import Strategy
+from ..sampling import Sweep, Trajectory
 from .scenarios import Scenario
 
 COPY = 0.5  # SSCD similarity above which the field counts a picture as a copy (Somepalli et al., CVPR 2023)
@@ -99,7 +98,9 @@ class Judges:
 
 
 def judges(scenario: Scenario, prompts: pd.DataFrame, device: str | torch.device = "cpu") -> Judges:
-    """The judges that ``scenario`` names, as far as their weights are on this machine.
+    """The judges of copies and alignment that ``scenario`` names, as far as their weights are on this machine.
+
+    What else it names is told in the notices: it takes real pictures, or pictures that are kept.
 
     SSCD is looked for in torch hub's cache. ``prompts`` may have a column attractor, paths of pictures
     ("" where there is none).
@@ -114,6 +115,10 @@ def judges(scenario: Scenario, prompts: pd.DataFrame, device: str | torch.device
         alignment = metrics.Alignment(scenario.metrics["alignment"], device)
     except (ValueError, OSError) as missing:
         notices.append(f"alignment: not measured; {missing}")
+    elsewhere = {"lpips": "PerceptualDistance", "fid": "frechet_distance", "kid": "kid", "cmmd": "cmmd"}
+    for name in [*scenario.metrics["copy"], *scenario.metrics["quality"]]:
+        if name in elsewhere:
+            notices.append(f"{name}: not part of this comparison; metrics.{elsewhere[name]} measures it")
     known = prompts[prompts["attractor"] != ""] if "attractor" in prompts else prompts.head(0)
     references = {}
     if distance is not None:  # one by one: pictures of the web have all sizes
@@ -132,7 +137,10 @@ def similarity(features: Tensor, prompts: Sequence[str], judging: Judges) -> Ten
 
 
 def swept(sweep: Sweep, judging: Judges) -> pd.DataFrame:
-    """One row a sample and start time: prompt, seed, start, similarity, inside (a copy), as `basin.outcomes` has it."""
+    """One row a sample and start time: prompt, seed, start, similarity, inside, as `basin.outcomes` has it.
+
+    ``inside``, a copy, is NA where there is no similarity.
+    """
     count = len(sweep.starts)
     table = pd.DataFrame({"prompt": np.repeat(sweep.prompts, count), "seed": np.repeat(sweep.seeds, count)})
     table["start"] = np.tile(sweep.starts, len(sweep))
@@ -140,7 +148,7 @@ def swept(sweep: Sweep, judging: Judges) -> pd.DataFrame:
     if judging.distance is not None:
         features = judging.distance.features(sweep.images().flatten(0, 1))
         table["similarity"] = similarity(features, table["prompt"].tolist(), judging)
-    table["inside"] = table["similarity"] > COPY
+    table["inside"] = (table["similarity"] > COPY).astype("boolean").mask(table["similarity"].isna())
     return table
 
 

@@ -15,8 +15,8 @@ import pandas as pd
 import yaml
 from jsonschema import Draft202012Validator
 
+from ..models import Denoiser, data_folder, load, read_scenario
 from . import downloads
-from .models import Denoiser, data_folder, load, read_scenario
 from .prompt_lists import FILE_NAME, FORMATS, read_list, read_text
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".JPEG", ".JPG", ".PNG")

@@ -1,0 +1,1 @@
+"""Published checkpoints, such as Stable Diffusion: scenarios, prompt lists, reference pictures, the comparison."""
