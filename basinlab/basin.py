@@ -241,7 +241,7 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
     wide = wide[sorted(wide.columns, reverse=True)]
-    inside, starts = wide.to_numpy(), wide.columns.tolist()
+    inside, starts = wide.to_numpy(bool), wide.columns.tolist()
     # wrong[m]: start times that disagree with "captured at the first m, free at the rest"
     free_early = np.cumsum(~inside, axis=1)
     held_late = inside.sum(axis=1, keepdims=True) - np.cumsum(inside, axis=1)

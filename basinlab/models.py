@@ -505,6 +505,9 @@ def read_scenario(name: str) -> dict:
     """The measured settings of a bundled checkpoint: guidance_scale and others, and why (``reason``).
 
     ``base``, where there is one, is the checkpoint beside it that its other parts come from.
+
+    >>> read_scenario("emoji-duplicated")["guidance_scale"]
+    5.0
     """
     folder = _folder(name)
     with _reading(folder):

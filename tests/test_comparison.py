@@ -200,7 +200,7 @@ def test_claims_are_held_against_the_numbers(rows):
 
 
 def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):
-    sheet, page, paper = tables.export(rows, tmp_path / "table")
+    sheet, page, paper = tables.export(rows, tmp_path / "sd1.4")
     assert len(pd.read_csv(sheet)) == len(rows)
     line = next(line for line in page.read_text().splitlines() if line.startswith("| STP"))
     assert "0.00 [0.00, 0.04]**" in line

@@ -1,5 +1,6 @@
 """The grid: resumed from its parts, which are not mixed with those of other settings."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -27,6 +28,22 @@ def test_grid_resumes_from_its_parts_and_refuses_those_of_another_guidance(bundl
     next(iter(written)).write_bytes(b"half a file")
     with pytest.raises(OSError, match="damaged"):
         grid(3.0)
+
+
+def test_grid_refuses_parts_of_other_rows_or_another_measure_and_takes_any_index_and_seeds(tmp_path):
+    world = basinlab.MixtureDenoiser.with_duplicate()
+    prompts = pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"]}, index=[0, 0])
+    judge = lambda run, rows: rows.assign(seed=run.seeds, magnitude=run.guidance_magnitude.tolist())  # noqa: E731
+
+    def grid(table=prompts, **options):
+        guidances = {"none": basinlab.ConstantGuidance(np.int64(0))}
+        return experiment.run_grid(world, table, np.arange(2), guidances, judge, tmp_path, steps=2, **options)
+
+    assert grid()[["object", "seed"]].values.tolist() == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
+    with pytest.raises(ValueError, match="made with another rows"):
+        grid(prompts.assign(object="c"))
+    with pytest.raises(ValueError, match="made with another measure"):
+        grid(measure=("none",))
 
 
 def test_runs_and_sweeps_are_judged_alike(bundled):

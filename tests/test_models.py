@@ -40,6 +40,17 @@ def test_loading_shows_no_bars_and_leaves_the_libraries_theirs(tiny_folder, capf
     assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
 
 
+def test_a_folder_elsewhere_is_called_by_its_path_and_its_safety_checker_is_no_weight_in_use(tiny_folder, tmp_path):
+    folder = tmp_path / "emoji-duplicated"  # the name of a bundled one
+    shutil.copytree(tiny_folder, folder)
+    denoiser = basinlab.load(str(folder))
+    assert denoiser.name == str(folder.resolve())
+    before = denoiser.fingerprint()
+    (folder / "safety_checker").mkdir()
+    save_file({"weight": torch.zeros(1)}, folder / "safety_checker/model.safetensors")
+    assert denoiser.fingerprint() == before
+
+
 def test_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json.*save_pretrained"):
         basinlab.load(str(tmp_path))

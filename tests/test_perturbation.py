@@ -268,3 +268,27 @@ def test_perturbations_apply_in_order_and_strategies_compose(tiny):
     noise = state.conditional - tiny.embed(state.texts)
     assert noise.std().item() == pytest.approx(0.1, abs=0.01)
     assert both.settings()["perturbations"][0] == {"name": "RepeatedWords", "count": 1}
+
+
+METHODS = [
+    p.PromptOptimization(0.01, 0.01, 3),
+    p.NoiseDescent(0.01, 0.01, 3),
+    p.SharpnessAwareNoise(0.01, 0.5, 0.05, 0.02, 3),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_descents_work_in_half_precision_and_where_no_gradients_are_kept(tiny_folder, tiny, method):
+    half = basinlab.load(str(tiny_folder), dtype=torch.float16)
+    wanted, _, _ = start(tiny, method)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            state, _, _ = start(half, method)
+        for name in ("latents", "conditional"):
+            found, expected = (getattr(s, name).float() for s in (state, wanted))
+            assert found.isfinite().all() and (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_condition_annealing_needs_time_to_fade():
+    with pytest.raises(ValueError, match="first is 500, last 500"):
+        p.ConditionAnnealing(0.1, 500, 500)

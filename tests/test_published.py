@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import basinlab
-from basinlab import experiment, perturbation
+from basinlab import basin, experiment, perturbation
 from basinlab.published import comparison, scenarios, stand_in
 
 PROMPTS, SEEDS = ["an owl", "a tomato"], [0, 1, 2]
@@ -51,6 +51,13 @@ def test_an_attractor_is_estimated_where_there_is_no_reference(run, table):
     assert seen["similarity"].iloc[3:].max() == pytest.approx(1, abs=1e-5)  # the medoid itself
 
 
+def test_without_a_reference_a_sweep_is_not_said_to_be_free_of_copies(denoiser):
+    sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, [999, 0], after=CFG, steps=2, progress=False)
+    swept = comparison.swept(sweep, comparison.Judges(None, None))
+    assert swept["inside"].isna().all()
+    assert basin.capture_probability(swept, "start").empty and basin.transition_points(swept).empty
+
+
 def test_a_sweep_is_judged_as_separate_runs_are(denoiser, table):
     judging = judges(table)
     sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, [999, 0], after=CFG, steps=4, progress=False)
@@ -59,7 +66,8 @@ def test_a_sweep_is_judged_as_separate_runs_are(denoiser, table):
         rule = basinlab.StaticTransitionPoint(start, 3.0)
         alone = comparison.observed(basinlab.sample(denoiser, PROMPTS, SEEDS, rule, steps=4, progress=False), judging)
         np.testing.assert_allclose(swept.query("start == @start")["similarity"], alone["similarity"], atol=1e-3)
-    assert swept["inside"].equals(swept["similarity"] > 0.5)
+    known = swept.dropna(subset="similarity")
+    assert (known["inside"] == (known["similarity"] > 0.5)).all() and swept["inside"].count() == len(known)
 
 
 def test_measures_have_intervals_over_prompts_and_none_of_what_was_not_measured():

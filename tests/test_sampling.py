@@ -350,3 +350,26 @@ def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny,
     message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {int(timesteps[step])}.*float32"
     with pytest.raises(FloatingPointError, match=message):
         sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
+
+
+def test_a_guidance_that_was_used_before_leaves_no_trace():
+    world = basinlab.MixtureDenoiser.with_duplicate()
+    times = world.timesteps()
+    used, states = DynamicTransitionPoint(3.0), torch.full((4, 2, 1, 1), 2.0)
+    for step in range(3):
+        used.set_state(step, 50, torch.tensor(times[step]))
+        used.forward(*torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(step)))
+    runs = [
+        basinlab.sample_from(world, ["memorized"] * 4, states, times[20], guidance, progress=False)
+        for guidance in (used, DynamicTransitionPoint(3.0))
+    ]
+    assert torch.equal(runs[0].latents, runs[1].latents)
+    assert torch.equal(runs[0].transition_point.isnan(), runs[1].transition_point.isnan())
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["IPNDMScheduler", "EDMEulerScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler"]
+)
+def test_a_scheduler_that_does_not_go_down_the_models_schedule_is_refused(scheduler):
+    with pytest.raises(ValueError, match="does not go down the model's own noise schedule"):
+        sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", scheduler=scheduler)

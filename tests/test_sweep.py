@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import basinlab
 from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
@@ -212,3 +213,44 @@ def test_sampling_from_states_names_what_is_wrong(tiny):
         basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)
     with pytest.raises(ValueError, match=r"501 is no timestep of this scheduler with 50 steps; the nearest are \["):
         basinlab.sample_from(tiny, ["an owl"] * 2, states, 501, steps=50)
+
+
+def test_kept_blocks_of_another_noise_schedule_are_refused(tmp_path):
+    world = MixtureDenoiser.with_duplicate()
+    other = MixtureDenoiser.with_duplicate(
+        scheduler=type(world.scheduler).from_config(world.scheduler.config, beta_end=0.012)
+    )
+    sweep(world, prompts="memorized", folder=tmp_path)
+    with pytest.raises(ValueError, match="made with other settings"):
+        sweep(other, prompts="memorized", folder=tmp_path)
+
+
+def test_kept_flips_of_another_ball_are_refused(tmp_path):
+    world = MixtureDenoiser.with_duplicate()
+    attractors = world.duplicate.expand(2, -1, -1, -1)
+    options = {"steps": STEPS, "folder": tmp_path, "progress": False}
+    for radius in (1.0, 1.0, 0.5):
+        ball = basin.Ball(radius, 0.0, {})
+        find = lambda ball=ball: basin.transition_points_by_bisection(  # noqa: E731
+            world, ["memorized"], [0, 1], attractors, PlaneDistance(), ball, **options
+        )
+        if radius == 1.0:
+            find()
+        else:
+            with pytest.raises(ValueError, match="made with other settings"):
+                find()
+
+
+def test_a_kept_block_without_settings_is_refused(tmp_path):
+    world = MixtureDenoiser.with_duplicate()
+    save_file({"latents": torch.zeros(1)}, tmp_path / "000.safetensors")
+    with pytest.raises(ValueError, match="made with other settings"):
+        sweep(world, prompts="memorized", folder=tmp_path)
+
+
+def test_a_guidance_that_remembers_takes_no_forks_in_on_the_way(tiny):
+    rule = basinlab.DynamicTransitionPoint(3.0, latest=100)
+    found = sweep(tiny, timesteps(tiny)[:3], after=rule)
+    torch.testing.assert_close(found.latents[:, 0], sample(tiny, rule).latents[:, -1], atol=1e-4, rtol=0)
+    alone = sweep(tiny, timesteps(tiny)[2:3], after=rule)  # one start, nothing joins
+    torch.testing.assert_close(found.latents[:, 2], alone.latents[:, 0], atol=1e-4, rtol=0)
