@@ -516,10 +516,10 @@ def trade_offs(
         axis.errorbar(part[across], part[upwards], high, wide, "o-", color=COLOURS[name], elinewidth=0.7)
         axis.plot(cfg[across], cfg[upwards], "x", color="black", markersize=8)
         axis.set_title(name, fontsize=10)
-    figure.supxlabel(_AXES[across], fontsize=11)
+    figure.supxlabel(_AXES[across], fontsize=11, y=0.04)
     figure.supylabel(_AXES[upwards], fontsize=11)
     _name_families(figure)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 

@@ -39,7 +39,7 @@ class Trajectory:
 
     Attributes:
         prompts, seeds: B of each.
-        timesteps: [S] ints of the training schedule, falling.
+        timesteps: [S] of the training schedule, falling; ints, but for schedulers that stop between them.
         latents: [B, S+1, C, H, W], from the initial noise to the clean latents; [B, 1, C, H, W]
             (the last only) when made with ``record=False``.
         predicted: [B, S, C, H, W], the clean latents predicted at each step under the guidance

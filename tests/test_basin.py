@@ -7,6 +7,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score, roc_curve
 
+import basinlab
 from basinlab import basin
 
 
@@ -223,3 +224,18 @@ def test_median_points_count_those_that_never_flip_at_the_ends():
     assert found.loc["a", "point"] == 0 and found.loc["a", "n"] == 3  # two of three are captured at all starts
     assert found.loc["b", "point"] == 900  # of 1000 and 800
     assert (found["low"] <= found["point"]).all() and (found["point"] <= found["high"]).all()
+
+
+def test_pushes_are_in_units_of_the_noise_for_a_scheduler_with_larger_states_too():
+    world, guidance = basinlab.MixtureDenoiser.with_duplicate(), basinlab.ConstantGuidance(3.0)
+    distance, ball, freed = basinlab.PlaneDistance(), basin.Ball(0.5, 0.0, {}), {}
+    for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
+        options = {"scheduler": scheduler, "progress": False}
+        run = basinlab.sample(world, "memorized", range(60), guidance, **options)
+        run = run[(distance(run.images(), world.duplicate.expand(60, -1, -1, -1)) <= 0.5).nonzero().flatten().tolist()]
+        t = run.timesteps.tolist()[20]
+        attractors = world.duplicate.expand(len(run), -1, -1, -1)
+        pushes = basin.escapes(run, attractors, distance, ball, [t], [0, 4], guidance, **options)
+        freed[scheduler] = pushes.groupby("radius")["escaped"].mean()
+    assert freed["EulerDiscreteScheduler"][0] == 0
+    assert freed["EulerDiscreteScheduler"][4] == pytest.approx(freed["DDIMScheduler"][4], abs=0.15)
