@@ -396,7 +396,8 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns columns t, width, low, high (95% bootstrap over trajectories), the same in the latents' own
     units, times the noise at t (absolute, absolute_low, absolute_high), and n; the share that escapes is
-    interpolated between radii. Infinite where fewer than half escape at the largest.
+    interpolated between radii. Infinite where fewer than half escape at the largest; where half do at the
+    smallest, that one, which is then too large.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):

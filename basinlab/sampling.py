@@ -282,7 +282,6 @@ class _Job:
     prompts: list[str]  # B
     seeds: list[int]  # B
     texts: list[str]  # B, what is embedded: the prompts, as perturbations left them
-    embeddings: dict[str, Tensor]  # [L, E] of each text
     empty: Tensor  # [1, L, E]
     steps: int
     scheduler_name: str | None
@@ -295,11 +294,8 @@ class _Job:
         texts = [p for p, _ in pairs]
         for perturbation in perturbations:
             texts = [perturbation.text(text, seed, denoiser) for text, (_, seed) in zip(texts, pairs, strict=True)]
-        distinct = list(dict.fromkeys(texts))
-        embeddings = dict(zip(distinct, denoiser.embed(distinct), strict=True))
-        empty = denoiser.embed([""])
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
-        return cls(denoiser, prompts, seeds, texts, embeddings, empty, steps, scheduler, tuple(perturbations))
+        return cls(denoiser, prompts, seeds, texts, denoiser.embed([""]), steps, scheduler, tuple(perturbations))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -318,9 +314,11 @@ class _Job:
         if latents is None:
             latents = _noise(self.denoiser, generators) * scheduler.init_noise_sigma
         texts = [self.texts[i] for i in rows]
+        distinct = list(dict.fromkeys(texts))
+        embeddings = dict(zip(distinct, self.denoiser.embed(distinct), strict=True))
         return State(
             latents.to(self.denoiser.device, self.denoiser.dtype),
-            torch.stack([self.embeddings[text] for text in texts]),
+            torch.stack([embeddings[text] for text in texts]),
             self.empty,
             texts,
             [self.seeds[i] for i in rows],

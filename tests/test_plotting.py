@@ -63,6 +63,9 @@ SHARES = pd.DataFrame({"start": [900, 500], "captured": [1.0, 0.2], "low": [0.9,
 GRID = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="xy"), -1).reshape(-1, 2)
 PATHS = {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}
 TIMES = torch.tensor([900, 600, 300])
+WIDTHS = pd.DataFrame({"t": [9, 5], "width": [float("inf"), 2], "low": 1.0, "high": 3.0}).assign(
+    absolute=lambda rows: rows["width"], absolute_low=0.5, absolute_high=4.0
+)
 POINTS = pd.DataFrame({"factor": ["a", "a", "b"], "level": [1, 2, 3], "point": 500.0, "low": 400.0, "high": 600.0})
 
 
@@ -75,7 +78,7 @@ POINTS = pd.DataFrame({"factor": ["a", "a", "b"], "level": [1, 2, 3], "point": 5
         (lambda: plotting.funnel_section(GRID.new_ones(3, 5), torch.arange(5), [9, 6, 3], {}, TIMES), 1),
         (lambda: plotting.capture_curve(SHARES.assign(name="new and right"), "name"), 1),
         (lambda: plotting.shares_over(SHARES.assign(name="new and right"), "start", "start"), 1),
-        (lambda: plotting.widths(pd.DataFrame({"t": [9, 5], "width": [float("inf"), 2], "low": 1.0, "high": 3.0})), 1),
+        (lambda: plotting.widths(WIDTHS), 2),
         (lambda: plotting.point_multiples(POINTS), 3),
         (lambda: plotting.point_errors(pd.DataFrame({"measured": [500.0], "dynamic": [400.0], "share": [0.6]})), 2),
         (

@@ -11,6 +11,7 @@ from scipy.signal import argrelmin
 
 import basinlab
 from basinlab import ConstantGuidance, DynamicTransitionPoint, StaticTransitionPoint
+from basinlab.perturbation import RandomNumbers
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 SEEDS = [0, 1, 7]
@@ -373,3 +374,10 @@ def test_a_guidance_that_was_used_before_leaves_no_trace():
 def test_a_scheduler_that_does_not_go_down_the_models_schedule_is_refused(scheduler):
     with pytest.raises(ValueError, match="does not go down the model's own noise schedule"):
         sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", scheduler=scheduler)
+
+
+def test_no_more_texts_are_embedded_at_once_than_samples_go_through_together(tiny, monkeypatch):
+    counts, embed = [], type(tiny).embed
+    monkeypatch.setattr(type(tiny), "embed", lambda self, prompts: counts.append(len(prompts)) or embed(self, prompts))
+    sample(tiny, PROMPTS, range(6), steps=1, batch_size=3, perturbations=[RandomNumbers(2)])  # each has its own text
+    assert max(counts) == 3 and sum(counts) == 12 + 1
