@@ -1,4 +1,4 @@
-# Every target may be called again, and after an interruption: it does what is still missing.
+# Every target may be called again, and after an interruption: what takes long goes on where it was.
 
 PY := .venv/bin/python
 INSTALLED := .venv/installed
@@ -19,10 +19,11 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
-	@echo "make figures  run the notebooks, write figures/   (some minutes each; it says how long)"
+	@echo "make figures  run the notebooks, write figures/   (17 minutes in all on 2 cores; it says how long)"
+	@echo "              in the place of the committed ones: git checkout -- notebooks figures brings those back"
 	@echo "              PROFILE=paper takes as many samples as the committed figures (it resumes)"
 	@echo "make test     lint, then the tests                (some minutes)"
-	@echo "make lab      open the notebooks in JupyterLab    (until you close it)"
+	@echo "make lab      open the notebooks in JupyterLab    (until you close it; LAB_OPTIONS=--no-browser and the like)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
 	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
@@ -52,7 +53,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 figures: $(INSTALLED)
-	@echo "figures: running the notebooks in order (some minutes each)"
+	@echo "figures: running the notebooks in order; what they write replaces the committed notebooks and figures"
 	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py
 
 test: lint
@@ -64,8 +65,8 @@ lint: $(INSTALLED)
 	@$(PY) -m ruff check .
 
 lab: $(INSTALLED)
-	@echo "lab: opening $(or $(FIRST_NOTEBOOK),notebooks) in JupyterLab (Ctrl-C twice to close)"
-	@$(PY) -m jupyterlab $(or $(FIRST_NOTEBOOK),notebooks)
+	@echo "lab: opening $(FIRST_NOTEBOOK) in JupyterLab (Ctrl-C twice to close; as root: LAB_OPTIONS=--allow-root)"
+	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(FIRST_NOTEBOOK) $(LAB_OPTIONS)
 
 world: $(INSTALLED)
 	@echo "world: training the bundled models" \

@@ -68,6 +68,10 @@ class Trajectory:
     gradient_passes: Tensor
     denoiser: Denoiser = field(repr=False)
 
+    def __repr__(self) -> str:
+        prompts, shape = len(set(self.prompts)), list(self.latents.shape)
+        return f"Trajectory({len(self)} samples of {prompts} prompts, {len(self.timesteps)} steps, latents {shape})"
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -137,8 +141,9 @@ def _checked(denoiser, prompts, seeds, guidances, steps) -> tuple[list[str], lis
     if not 1 <= steps <= denoiser.train_timesteps:
         raise ValueError(f"steps is {steps}: give 1 to {denoiser.train_timesteps}")
     for t in [t for guidance in guidances for t in getattr(guidance, "timesteps_named", tuple)()]:
-        if not 0 <= t < denoiser.train_timesteps:
-            raise ValueError(f"timestep {t} is outside the schedule: give 0 to {denoiser.train_timesteps - 1}")
+        if not 0 <= t < denoiser.train_timesteps or t != int(t):
+            last = denoiser.train_timesteps - 1
+            raise ValueError(f"timestep {t} is outside the schedule: give 0 to {last}, a whole number")
     return prompts, seeds
 
 
@@ -528,6 +533,10 @@ class Sweep:
     network_calls: Tensor
     network_calls_apart: Tensor
     denoiser: Denoiser = field(repr=False)
+
+    def __repr__(self) -> str:
+        prompts, shape = len(set(self.prompts)), list(self.latents.shape)
+        return f"Sweep({len(self)} samples of {prompts} prompts, {len(self.starts)} starts, latents {shape})"
 
     def __len__(self) -> int:
         return len(self.prompts)

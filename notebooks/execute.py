@@ -5,9 +5,10 @@
     python notebooks/execute.py --out elsewhere/notebooks         # copies; figures go to elsewhere/figures
 
 Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
-that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took:
-the next run estimates from it. What a cell's metadata says of its pictures in words (``mystnb.image.alt``,
-which the pages read) is written to the pictures too, where Jupyter and nbconvert look for it.
+that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took in
+each profile: the next run estimates from it. What a cell's metadata says of its pictures in words
+(``mystnb.image.alt``, which the pages read) is written to the pictures too, where Jupyter and nbconvert
+look for it.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from papermill.exceptions import PapermillExecutionError
 HERE = Path(__file__).resolve().parent
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 PICTURE = "image/png"
+STYLED = re.compile(r"(?<!\w)T_[0-9a-f]{5}(?![0-9a-zA-Z])")
 KERNEL = "python3"
-QUIET = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it talks over local TCP
+QUIET = ["--IPKernelApp.log_level=50"]  # else each kernel warns of local TCP, and complains when it is stopped
+PROFILE = os.environ.get("BASINLAB_PROFILE", "reader")
 
 
 def clock(seconds: float) -> str:
@@ -35,15 +38,15 @@ def clock(seconds: float) -> str:
 
 
 def seconds_last_time(notebook: nbformat.NotebookNode) -> int | None:
-    """What the last run left in the metadata."""
-    return notebook.metadata.get("basinlab", {}).get("seconds")
+    """What the last run in this profile left in the metadata."""
+    return notebook.metadata.get("basinlab", {}).get("seconds", {}).get(PROFILE)
 
 
 def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
     """The executed notebook as text, without what differs between equal runs."""
     before = seconds_last_time(notebook)
     if before is None or abs(seconds - before) > max(2, before / 4):  # noise in timing is no news
-        notebook.metadata["basinlab"] = {"seconds": round(seconds)}
+        notebook.metadata.setdefault("basinlab", {}).setdefault("seconds", {})[PROFILE] = round(seconds)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": KERNEL}
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
@@ -57,7 +60,10 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
                 if PICTURE in output.get("data", {}):
                     output.metadata.setdefault(PICTURE, {}).update(words)
     text = nbformat.writes(notebook)
-    # Widgets come with random ids; numbered in order of creation, they are the same every time.
+    text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", text)  # where an object lay
+    # styled tables and widgets come with random ids; numbered in order, they are the same every time
+    tables = {name: f"T_{number:05x}" for number, name in enumerate(dict.fromkeys(STYLED.findall(text)))}
+    text = STYLED.sub(lambda match: tables[match[0]], text)
     widgets = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
     if numbers := {name: f"{number:032x}" for number, name in enumerate(widgets)}:
         text = re.sub("|".join(numbers), lambda match: numbers[match[0]], text)
@@ -90,6 +96,8 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     sources = [nbformat.read(path, as_version=4) for path in paths]
     ahead = [seconds_last_time(source) for source in sources]
+    if None not in ahead:
+        print(f"{len(paths)} notebooks, about {clock(sum(ahead))} minutes in all (profile {PROFILE})", flush=True)
     begin = time.monotonic()
     for number, (path, source) in enumerate(zip(paths, sources, strict=True), start=1):
         last = "not timed yet" if ahead[number - 1] is None else f"{clock(ahead[number - 1])} last time"
@@ -102,7 +110,8 @@ def main() -> None:
         except DeadKernelError:
             sys.exit(f"failed\n{path.name}: its kernel died, often for want of memory; {path} is as it was")
         except KeyboardInterrupt:
-            sys.exit(f"stopped; {path} is as it was")
+            rest = " ".join(later.name for later in paths[number - 1 :])
+            sys.exit(f"stopped; {path} is as it was, those before it are done; the rest: {__file__} {rest}")
         left = "time left unknown" if None in ahead[number:] else f"about {clock(sum(ahead[number:]))} left"
         print(f"took {clock(seconds)}, {clock(time.monotonic() - begin)} elapsed, {left}", flush=True)
     figures = (options.out or HERE).resolve().parent / "figures"
