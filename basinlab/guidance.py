@@ -179,14 +179,14 @@ class DynamicTransitionPoint(_WeightedGuidance):
     [nan, nan, 599.0]
     """
 
+    remembers = True
+
     @register_to_config
     def __init__(self, guidance_scale: float = 7.5, before: float = 0.0, latest: int = 500):
         super().__init__()
         self.guidance_scale = guidance_scale
         self.before = before
         self.latest = latest
-
-    remembers = True
 
     def _begin(self) -> None:
         self._previous: list[Tensor] = []  # magnitudes of the last two steps, [B] each

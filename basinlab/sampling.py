@@ -737,14 +737,14 @@ class _Forks:
         return cls(job, found, before, after, batch_size, measure)
 
     @cached_property
-    def denoiser(self) -> dict:
-        """Its weights are hashed once a job, and only where something is kept."""
+    def denoiser_settings(self) -> dict:
+        """Weights are hashed once a job, and only where something is kept."""
         return self.job.denoiser.settings()
 
     def settings(self, rows: list[int]) -> dict:
         """What a kept block must have been made with."""
         return {
-            **self.denoiser,
+            **self.denoiser_settings,
             "prompts": [self.job.prompts[i] for i in rows],
             "seeds": [self.job.seeds[i] for i in rows],
             "starts": list(self.starts),

@@ -229,16 +229,15 @@ def test_kept_flips_of_another_ball_are_refused(tmp_path):
     world = MixtureDenoiser.with_duplicate()
     attractors = world.duplicate.expand(2, -1, -1, -1)
     options = {"steps": STEPS, "folder": tmp_path, "progress": False}
-    for radius in (1.0, 1.0, 0.5):
+
+    def find(radius):
         ball = basin.Ball(radius, 0.0, {})
-        find = lambda ball=ball: basin.transition_points_by_bisection(  # noqa: E731
-            world, ["memorized"], [0, 1], attractors, PlaneDistance(), ball, **options
-        )
-        if radius == 1.0:
-            find()
-        else:
-            with pytest.raises(ValueError, match="made with other settings"):
-                find()
+        basin.transition_points_by_bisection(world, ["memorized"], [0, 1], attractors, PlaneDistance(), ball, **options)
+
+    find(1.0)
+    find(1.0)
+    with pytest.raises(ValueError, match="made with other settings"):
+        find(0.5)
 
 
 def test_a_kept_block_without_settings_is_refused(tmp_path):
