@@ -5,46 +5,9 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score, roc_curve
 
 import basinlab
 from basinlab import basin
-
-
-@pytest.mark.parametrize("successes, trials", [(0, 1), (1, 1), (0, 8), (3, 8), (8, 8), (384, 768), (1, 1000)])
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_wilson_interval_agrees_with_scipy(successes, trials, confidence):
-    expected = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    low, high = basin.wilson_interval(successes, trials, confidence)
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-@pytest.mark.parametrize("trials", [8, 48, 384])
-def test_wilson_interval_covers_the_truth_as_often_as_it_says(trials):
-    rng = np.random.default_rng(trials)
-    truth = rng.uniform(size=40_000)
-    low, high = basin.wilson_interval(rng.binomial(trials, truth), np.full(len(truth), trials))
-    assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.95, abs=0.01)
-
-
-def test_bootstrap_interval_is_reproducible_and_follows_its_seed():
-    values = np.random.default_rng(0).normal(size=30)
-    assert basin.bootstrap_interval(values, seed=1) == basin.bootstrap_interval(values, seed=1)
-    assert basin.bootstrap_interval(values, seed=1) != basin.bootstrap_interval(values, seed=2)
-
-
-@pytest.mark.parametrize("statistic", [np.mean, np.median])
-def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic):
-    rng = np.random.default_rng(0)
-    intervals = [basin.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
-    covered = np.mean([low <= 5 <= high for low, high in intervals])
-    assert 0.88 <= covered <= 0.99
-
-
-def test_bootstrap_interval_resamples_rows():
-    rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
-    low, high = basin.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean())
-    assert low == high == 10.0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,30 +32,6 @@ def test_ball_takes_double_precision_distances():
 def test_ball_refuses_negatives_it_cannot_calibrate_on(bad):
     with pytest.raises(ValueError, match=r"'swapped'.*at least one distance, all finite"):
         basin.calibrate_ball({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
-
-
-@pytest.fixture(params=["continuous", "tied"])
-def scored(request):
-    """Distances of copies and of others."""
-    rng = np.random.default_rng(3)
-    near, far = rng.gamma(2, size=60), rng.gamma(4, size=90)
-    if request.param == "tied":
-        near, far = near.round(), far.round()
-    return torch.tensor(near), torch.tensor(far)
-
-
-def test_roc_agrees_with_sklearn(scored):
-    near, far = scored
-    labels = np.r_[np.ones(len(near)), np.zeros(len(far))]
-    false, true, _ = roc_curve(labels, -np.r_[near, far], drop_intermediate=False)
-    table = basin.roc(near, far)
-    np.testing.assert_allclose(table[["false_positive", "true_positive"]], np.c_[false, true][1:])
-
-
-def test_auc_agrees_with_sklearn(scored):
-    near, far = scored
-    labels = np.r_[np.zeros(len(near)), np.ones(len(far))]
-    assert basin.auc(far, near) == pytest.approx(roc_auc_score(labels, np.r_[near, far]), abs=1e-12)
 
 
 class Euclidean:

@@ -1,0 +1,54 @@
+"""What is kept on disk, and found again: a run that was killed makes only what is missing.
+
+A file's name ends with a digest of the settings that it was made with. Other settings are another file: nothing is
+mixed in, and nothing has to be compared.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from safetensors.torch import load_file, save_file
+
+
+def digest(settings) -> str:
+    """Ten digits that stand for ``settings``, as JSON; a path is refused, as it says nothing of content.
+
+    >>> digest({"scale": 7.5, "seeds": (0, 1)}) == digest({"seeds": [0, 1], "scale": 7.5})
+    True
+    """
+
+    def plain(value):
+        if isinstance(value, os.PathLike):
+            raise TypeError(f"settings hold the path {value}: give what the file holds")
+        return value.tolist()  # of numpy and torch
+
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=plain).encode()).hexdigest()[:10]
+
+
+def kept(folder: str | Path | None, name: str, settings: Mapping, make: Callable, suffix: str = ".parquet"):
+    """The result of ``make()``, made once for these ``settings`` and kept in ``folder``, if there is one.
+
+    It is a DataFrame for ".parquet", tensors by name for ".safetensors". A file is written whole or not at all.
+    """
+    if folder is None:
+        return make()
+    path = Path(folder) / f"{name}-{digest(settings)}{suffix}"
+    if not path.exists():
+        result, part = make(), path.with_suffix(f".{os.getpid()}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if suffix == ".parquet":
+                result.to_parquet(part)
+            else:
+                save_file({key: tensor.contiguous() for key, tensor in result.items()}, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    try:
+        return pd.read_parquet(path) if suffix == ".parquet" else load_file(path)
+    except Exception as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error

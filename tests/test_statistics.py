@@ -1,0 +1,97 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from basinlab import statistics
+from basinlab.statistics import verdict
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 1), (1, 1), (0, 8), (3, 8), (8, 8), (384, 768), (1, 1000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_wilson_interval_agrees_with_scipy(successes, trials, confidence):
+    expected = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    low, high = statistics.wilson_interval(successes, trials, confidence)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("trials", [8, 48, 384])
+def test_wilson_interval_covers_the_truth_as_often_as_it_says(trials):
+    rng = np.random.default_rng(trials)
+    truth = rng.uniform(size=40_000)
+    low, high = statistics.wilson_interval(rng.binomial(trials, truth), np.full(len(truth), trials))
+    assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.95, abs=0.01)
+
+
+def test_bootstrap_interval_is_reproducible_and_follows_its_seed():
+    values = np.random.default_rng(0).normal(size=30)
+    assert statistics.bootstrap_interval(values, seed=1) == statistics.bootstrap_interval(values, seed=1)
+    assert statistics.bootstrap_interval(values, seed=1) != statistics.bootstrap_interval(values, seed=2)
+
+
+@pytest.mark.parametrize("statistic", [np.mean, np.median])
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic):
+    rng = np.random.default_rng(0)
+    intervals = [statistics.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
+    covered = np.mean([low <= 5 <= high for low, high in intervals])
+    assert 0.88 <= covered <= 0.99
+
+
+def test_bootstrap_interval_resamples_rows():
+    rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
+    low, high = statistics.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean())
+    assert low == high == 10.0
+
+
+@pytest.fixture(params=["continuous", "tied"])
+def scored(request):
+    """Distances of copies and of others."""
+    rng = np.random.default_rng(3)
+    near, far = rng.gamma(2, size=60), rng.gamma(4, size=90)
+    if request.param == "tied":
+        near, far = near.round(), far.round()
+    return torch.tensor(near), torch.tensor(far)
+
+
+def test_roc_agrees_with_sklearn(scored):
+    near, far = scored
+    labels = np.r_[np.ones(len(near)), np.zeros(len(far))]
+    false, true, _ = roc_curve(labels, -np.r_[near, far], drop_intermediate=False)
+    table = statistics.roc(near, far)
+    np.testing.assert_allclose(table[["false_positive", "true_positive"]], np.c_[false, true][1:])
+
+
+def test_auc_agrees_with_sklearn(scored):
+    near, far = scored
+    labels = np.r_[np.zeros(len(near)), np.ones(len(far))]
+    assert statistics.auc(far, near) == pytest.approx(roc_auc_score(labels, np.r_[near, far]), abs=1e-12)
+
+
+def test_mean_interval_is_over_prompts_and_wilsons_where_all_agree():
+    table = pd.DataFrame({"prompt": list("aabb"), "copied": [True] * 4, "distance": [0.0, 2.0, 4.0, 6.0]})
+    mean, low, high = statistics.mean_interval(table, "distance")
+    assert (mean, low, high) == (3.0, 1.0, 5.0)  # of the prompts' means 1 and 5
+    expected = binomtest(4, 4).proportion_ci(method="wilson")
+    assert statistics.mean_interval(table, "copied") == pytest.approx((1.0, expected.low, expected.high))
+
+
+def test_quantile_interval_resamples_prompts():
+    value, low, high = statistics.quantile_interval([np.zeros(10), np.ones(10), np.full(10, 2.0)], 0.5)
+    assert (value, low, high) == (1.0, 0.0, 2.0)
+
+
+@pytest.mark.parametrize("low, high, at_least, at_most", [
+    (0.6, 0.7, "yes", "no"),
+    (0.5, 0.7, "yes", "undecided"),
+    (0.4, 0.6, "undecided", "undecided"),
+    (0.3, 0.5, "undecided", "yes"),
+    (0.3, 0.4, "no", "yes"),
+    (float("nan"), float("nan"), "undecided", "undecided"),
+])  # fmt: skip
+def test_a_verdict_is_of_the_whole_interval(low, high, at_least, at_most):
+    assert verdict(low, high, 0.5, "at least") == at_least
+    assert verdict(low, high, 0.5, "at most") == at_most
+    with pytest.raises(ValueError, match="kind is 'more'"):
+        verdict(low, high, 0.5, "more")

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from basinlab import store
+from basinlab.store import digest, kept
+
+SETTINGS = {"scale": 7.5, "seeds": [0, 1]}
+TABLE = pd.DataFrame({"prompt": ["an owl", "a null"], "copied": [True, False], "distance": [0.1, np.nan]})
+
+
+def no_call():
+    raise AssertionError("it was made already")
+
+
+def test_a_table_is_made_once_for_its_settings(tmp_path):
+    pd.testing.assert_frame_equal(kept(tmp_path / "new", "grid", SETTINGS, lambda: TABLE), TABLE)
+    pd.testing.assert_frame_equal(kept(tmp_path / "new", "grid", SETTINGS, no_call), TABLE)
+    other = kept(tmp_path / "new", "grid", {**SETTINGS, "scale": 5.0}, lambda: TABLE[:1])
+    assert len(other) == 1 and len(list((tmp_path / "new").iterdir())) == 2
+    assert len(kept(tmp_path / "new", "grid", SETTINGS, no_call)) == 2
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    tensors = {"latents": torch.randn(2, 3, 4).mT, "calls": torch.tensor([3, 4])}
+    for make in (lambda: tensors, no_call):
+        found = kept(tmp_path, "block", SETTINGS, make, ".safetensors")
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert kept(None, "grid", SETTINGS, lambda: 5) == 5 and not list(tmp_path.iterdir())
+
+
+def test_a_digest_depends_on_content_alone():
+    same = {"seeds": np.arange(2), "scale": np.float64(7.5)}
+    assert digest(SETTINGS) == digest(same) == digest({"scale": 7.5, "seeds": (0, torch.tensor(1))})
+    assert digest(SETTINGS) != digest({"scale": 7.5, "seeds": [1, 0]})
+    with pytest.raises(TypeError, match="the path /x/y: give what the file holds"):
+        digest({"weights": Path("/x/y")})
+
+
+@pytest.mark.parametrize("suffix, result", [(".parquet", TABLE), (".safetensors", {"x": torch.ones(1000)})])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_file_is_named_with_the_cure(tmp_path, suffix, result, share):
+    kept(tmp_path, "grid", SETTINGS, lambda: result, suffix)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(OSError, match=f"{path} is damaged .*: delete it, and the next run makes it again"):
+        kept(tmp_path, "grid", SETTINGS, no_call, suffix)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        kept(tmp_path, "block", SETTINGS, lambda: {"x": torch.ones(1)}, ".safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
+    script = (
+        "import os, sys, torch\nfrom basinlab import store\n"
+        "def killed(tensors, path):\n    open(path, 'wb').write(b'half'); os.kill(os.getpid(), 9)\n"
+        "store.save_file = killed\n"
+        "store.kept(sys.argv[1], 'block', {}, lambda: {'x': torch.ones(1)}, '.safetensors')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == -9 and not list(tmp_path.glob("*.safetensors"))
+    assert kept(tmp_path, "block", {}, lambda: {"x": torch.ones(1)}, ".safetensors")["x"] == 1
