@@ -208,7 +208,7 @@ class DynamicTransitionPoint(WeightedGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
-def OppositeGuidance(  # noqa: N802 - stands beside the classes, and makes one of them
+def OppositeGuidance(
     start: int | None = None, guidance_scale: float = 7.5, opposite_scale: float = 2.0, latest: int = 500
 ) -> WeightedGuidance:
     """Push away from the prompt before the transition point, then CFG (paper, OG).

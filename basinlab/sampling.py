@@ -371,16 +371,28 @@ def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
     return (guidances or [ConstantGuidance()])[0], [m for m in mitigations if isinstance(m, Mitigation)]
 
 
-def begin(denoiser: Denoiser, pairs, empty: Tensor, steps: int, scheduler: str | None, mitigations=()) -> State:
-    """The samples of ``pairs`` at their initial noise, as the mitigations leave them before any step is taken."""
+def only_guidance(guidance: BaseGuidance | None) -> BaseGuidance:
+    """``guidance``, or CFG 7.5; forks and given states take no other mitigation."""
+    found, others = split(guidance)
+    if others:
+        raise ValueError(f"{type(others[0]).__name__} acts on samples from their initial noise on: give a guidance alone")
+    return found
+
+
+def begin(
+    denoiser: Denoiser, pairs, empty: Tensor, steps: int, scheduler: str | None, mitigations=(), latents=None
+) -> State:
+    """The samples of ``pairs`` before their first step, at ``latents`` or their initial noise, as mitigations leave them."""
     solver, (prompts, seeds) = new_scheduler(denoiser, scheduler, steps), map(list, zip(*pairs, strict=True))
     texts, generators = prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
     for mitigation in mitigations:
         texts = [mitigation.text(text, seed, denoiser) for text, seed in zip(texts, seeds, strict=True)]
-    latents = (_noise(denoiser, generators) * solver.init_noise_sigma).to(denoiser.device, denoiser.dtype)
+    if latents is None:
+        latents = _noise(denoiser, generators) * solver.init_noise_sigma
     distinct = list(dict.fromkeys(texts))
     embedded = denoiser.embed(distinct)[[distinct.index(text) for text in texts]]
     none = torch.zeros(len(texts), dtype=torch.long)
+    latents = latents.to(denoiser.device, denoiser.dtype)
     rest = (embedded, empty, generators, none, none, solver, mitigations)
     state = State(denoiser, prompts, seeds, texts, latents, *rest)
     for mitigation in mitigations:
@@ -465,7 +477,7 @@ def sample_from(
     for what, given in (("prompts", [prompts] if isinstance(prompts, str) else prompts), ("seeds", seeds)):
         if len(given) != len(latents):
             raise ValueError(f"{len(given)} {what} for {len(latents)} states: give one for each")
-    pairs, (guidance, _), empty, parts = list(zip(prompts, seeds, strict=True)), split(guidance), denoiser.embed([""]), []
+    pairs, guidance, parts = list(zip(prompts, seeds, strict=True)), only_guidance(guidance), []
     timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.tolist()
     if timestep not in timesteps:
         near = sorted(timesteps, key=lambda t: abs(t - timestep))[:2]
@@ -473,8 +485,7 @@ def sample_from(
     first = timesteps.index(timestep)
     with tqdm(total=len(pairs) * (steps - first), unit="step", disable=not progress) as bar:
         for block, states in zip(blocks(pairs, batch_size), latents.split(batch_size), strict=True):
-            state = begin(denoiser, block, empty, steps, scheduler)
-            state.latents = states.to(state.latents)
+            state = begin(denoiser, block, denoiser.embed([""]), steps, scheduler, latents=states)
             if hasattr(state.scheduler, "set_begin_index"):  # one without counts by the timestep
                 state.scheduler.set_begin_index(first)
             parts.append(run_steps(state, guidance, first, bar))

@@ -16,9 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import metrics
-from .. import perturbation as p
+from .. import mitigations as p
 from ..basin import Ball
-from ..experiment import processes, read_part, run_grid, write_part
+from ..experiment import Strategy, combined, processes, read_part, run_grid, write_part
 from ..guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
@@ -28,8 +28,7 @@ from ..guidance import (
     StaticTransitionPoint,
 )
 from ..models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
-from ..perturbation import Perturbation, Strategy, combined
-from ..sampling import Trajectory
+from ..sampling import Mitigation, Trajectory
 from .evaluation import Judges, read_evaluation
 from .scorecard import ball_of, layout_floor
 
@@ -46,7 +45,7 @@ def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
     """
     cfg = ConstantGuidance(scale)
 
-    def before(*perturbations: Perturbation, guidance=cfg) -> tuple[Strategy, ...]:
+    def before(*perturbations: Mitigation, guidance=cfg) -> tuple[Strategy, ...]:
         return tuple(Strategy(guidance, (perturbation,)) for perturbation in perturbations)
 
     def guided(*guidances) -> tuple[Strategy, ...]:
@@ -131,7 +130,7 @@ def at_most(strategies: Mapping[str, Strategy], iterations: int | None) -> dict[
     if iterations is None:
         return dict(strategies)
 
-    def cut(q: Perturbation) -> Perturbation:
+    def cut(q: Mitigation) -> Mitigation:
         return replace(q, iterations=min(q.iterations, iterations)) if hasattr(q, "iterations") else q
 
     return {name: replace(s, perturbations=tuple(map(cut, s.perturbations))) for name, s in strategies.items()}
