@@ -14,6 +14,11 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 
 
+def output_folder() -> Path:
+    """Where figures/ and build/ are written: the ``BASINLAB_OUT`` variable, or the project's folder."""
+    return Path(os.environ.get("BASINLAB_OUT", Path(__file__).resolve().parents[1]))
+
+
 def digest(settings) -> str:
     """Ten digits that stand for ``settings``, as JSON; a path is refused, as it says nothing of content.
 

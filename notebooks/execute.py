@@ -1,8 +1,11 @@
-"""Execute the notebooks in order, each replaced only once all of it ran: ``make figures``.
+"""Execute the notebooks in order, each written only once all of it ran: ``make figures``.
 
-    python notebooks/execute.py                                   # all of them, in place
+    python notebooks/execute.py                                   # all, copies in build/reader
+    BASINLAB_PROFILE=paper python notebooks/execute.py            # all, in the place of the committed ones
     python notebooks/execute.py 01_basin_observation.ipynb        # some, by name or path
-    python notebooks/execute.py --out elsewhere/notebooks         # copies; figures go to elsewhere/figures
+    python notebooks/execute.py --out elsewhere                   # elsewhere/notebooks and elsewhere/figures
+
+Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
 Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
 that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took in
@@ -86,14 +89,15 @@ def execute(source: nbformat.NotebookNode, target: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="names or paths (default: all that begin NN_)")
-    parser.add_argument("--out", type=Path, help="write executed copies into this folder, figures beside it")
+    parser.add_argument("--out", type=Path, help="folder of notebooks/ and figures/ (default: by profile, see above)")
     options = parser.parse_args()
     paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
     paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
     if missing := [path.name for path in paths if not path.exists()]:
         parser.error(f"no notebook {', '.join(missing)} in {HERE}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
+    out = (options.out or (HERE.parent if PROFILE == "paper" else HERE.parent / "build" / PROFILE)).resolve()
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    os.environ["BASINLAB_OUT"] = str(out)  # the kernels write figures there
     sources = [nbformat.read(path, as_version=4) for path in paths]
     ahead = [seconds_last_time(source) for source in sources]
     if None not in ahead:
@@ -103,7 +107,7 @@ def main() -> None:
         last = "not timed yet" if ahead[number - 1] is None else f"{clock(ahead[number - 1])} last time"
         print(f"[{number}/{len(paths)}] {path.name} ({last})", end=" ... ", flush=True)
         try:
-            seconds = execute(source, (options.out or path.parent) / path.name)
+            seconds = execute(source, out / "notebooks" / path.name)
         except PapermillExecutionError as error:
             print(f"failed\n{error}", flush=True)  # the traceback
             sys.exit(f"{path.name}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}\n{path} is as it was")
@@ -114,8 +118,7 @@ def main() -> None:
             sys.exit(f"stopped; {path} is as it was, those before it are done; the rest: {__file__} {rest}")
         left = "time left unknown" if None in ahead[number:] else f"about {clock(sum(ahead[number:]))} left"
         print(f"took {clock(seconds)}, {clock(time.monotonic() - begin)} elapsed, {left}", flush=True)
-    figures = (options.out or HERE).resolve().parent / "figures"
-    print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; the figures lie in {figures}")
+    print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; see {out / 'notebooks'} and {out / 'figures'}")
 
 
 if __name__ == "__main__":
