@@ -26,10 +26,12 @@ _HOMES = {
         "GuidanceInterval",
         "ScheduledGuidance",
     ),
-    "sampling": ("Trajectory", "Sweep", "sample", "sample_from", "sweep", "bisect"),
+    "sampling": ("Mitigation", "Trajectory", "sample", "sample_from"),
+    "forks": ("Sweep", "sweep", "bisect"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-_FURTHER = ("basin", "perturbation", "metrics", "projection", "plotting", "experiment", "bundled", "published")
+_FURTHER = ("basin", "mitigations", "metrics", "statistics", "store", "projection", "plotting")
+_FURTHER += ("experiment", "bundled", "published")
 _MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 

@@ -7,7 +7,6 @@ the noise" becomes many seeds, and a probability comes with its Wilson interval.
 transition point is read off samples whose guidance starts at many timesteps.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,57 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
-from .guidance import ConstantGuidance
+from .forks import Bisection, Sweep, bisect
 from .metrics import mean_pairwise_distance
 from .models import Denoiser
-from .sampling import Bisection, Sweep, Trajectory, bisect, new_scheduler, sample_from
-
-
-def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise.
-
-    >>> low, high = wilson_interval(8, 10)
-    >>> round(float(low), 3), round(float(high), 3)
-    (0.49, 0.943)
-    """
-    z = norm.ppf(0.5 + confidence / 2)
-    n = np.asarray(trials, float)
-    p = np.asarray(successes, float) / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
-
-
-def bootstrap_interval(
-    values, statistic=np.mean, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of ``statistic`` over the first axis of ``values``."""
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    rows = rng.integers(len(values), size=(resamples, len(values)))
-    means = statistic is np.mean and values.ndim == 1  # all at once
-    drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
-    return float(low), float(high)
-
-
-def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
-    """Mean of a column, bootstrapped over prompts; where all samples of a share agree, Wilson's interval."""
-    means = part.groupby("prompt")[name].mean().to_numpy(float)
-    low, high = bootstrap_interval(means, resamples=1000)
-    if part[name].dtype == bool and low == high:  # a bootstrap of equal values knows no doubt
-        low, high = wilson_interval(part[name].sum(), len(part))
-    return means.mean(), float(low), float(high)
-
-
-def quantile_interval(values: list[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
-    """The q-quantile of all values, and its interval over the prompts that they are listed by."""
-    statistic = lambda rows: np.quantile(np.concatenate([values[i] for i in rows]), q)  # noqa: E731
-    everyone = np.arange(len(values))
-    return statistic(everyone), *bootstrap_interval(everyone, statistic, resamples=500)
+from .sampling import Trajectory, new_scheduler, sample_from
+from .statistics import bootstrap_interval, wilson_interval
+from .store import digest
 
 
 @dataclass(frozen=True)
@@ -105,52 +61,22 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
     return Ball(min(radii), false_positive_rate, {name: d.numel() for name, d in negatives.items()})
 
 
-def roc(positives: Tensor, negatives: Tensor) -> pd.DataFrame:
-    """Receiver operating characteristic of "distance <= radius": columns radius, false_positive, true_positive."""
-    positives, negatives = positives.flatten().double(), negatives.flatten().double()
-    radii = torch.cat([positives, negatives]).unique()
-    share = lambda d: torch.searchsorted(d.sort().values, radii, right=True).double() / d.numel()  # noqa: E731
-    return pd.DataFrame({"radius": radii, "false_positive": share(negatives), "true_positive": share(positives)})
-
-
-def auc(positives: Tensor, negatives: Tensor) -> float:
-    """Probability that a positive is larger than a negative, ties counting half (Mann-Whitney).
-
-    >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
-    0.875
-    """
-    p, n = positives.flatten()[:, None].double(), negatives.flatten()[None].double()
-    return float(((p > n).double() + 0.5 * (p == n).double()).mean())
-
-
 def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
-    """One row a sample of ``run``: prompt, seed, distance to its attractor, inside or not; of a sweep, also start.
+    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, inside or not.
 
     Args:
         run: B samples, or B samples at F start times.
         attractors: [B, 3, height, width], the attractor of each sample's prompt.
         distance: D, such as `metrics.CopyDistance`.
-
-    Raises ValueError when there is not one attractor a sample.
     """
     if len(attractors) != len(run.prompts):
         raise ValueError(f"{len(attractors)} attractors for {len(run.prompts)} samples: give one for each")
-    pictures, starts = run.images(), [None]
-    if isinstance(run, Sweep):
-        starts, pictures = run.starts, pictures.flatten(0, 1)
-        attractors = attractors.repeat_interleave(len(starts), dim=0)
-    distances = distance(pictures, attractors)
-    table = pd.DataFrame(
-        {
-            "prompt": np.repeat(np.array(run.prompts, object), len(starts)),
-            "seed": np.repeat(run.seeds, len(starts)),
-            "distance": distances,
-            "inside": distances <= ball.radius,
-        }
-    )
-    if isinstance(run, Sweep):
-        table.insert(2, "start", np.tile(starts, len(run.prompts)))
-    return table
+    starts = {"start": run.starts} if isinstance(run, Sweep) else {}
+    pictures = run.images().flatten(0, 1) if starts else run.images()
+    table = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}).assign(**{k: [v] * len(run.prompts) for k, v in starts.items()})
+    table = table.explode("start", ignore_index=True).astype({"start": int}) if starts else table
+    distances = distance(pictures, attractors.repeat_interleave(len(pictures) // len(attractors), dim=0))
+    return table.assign(distance=distances, inside=distances <= ball.radius)
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
@@ -198,7 +124,7 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
     """
     tables = []
     for name, run in runs.items():
-        states = run.latents[:, :-1] if of == "latents" else run.predicted
+        states = run.recorded(of)[:, : len(run.timesteps)]
         prompts = list(dict.fromkeys(run.prompts))
         if len(run) < 2 * len(prompts):
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
@@ -252,10 +178,6 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     return points.assign(against=against, monotone=against == 0)
 
 
-def _digest(pictures: Tensor) -> str:
-    return hashlib.sha256(pictures.float().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
 def transition_points_by_bisection(
     denoiser: Denoiser,
     prompts: Sequence[str],
@@ -275,15 +197,13 @@ def transition_points_by_bisection(
     Returns the table, with the same columns but against and monotone, which halving cannot see
     (where the outcome is not monotone it finds one of the flips), and the bisection itself.
     """
-    found = bisect(
-        denoiser,
-        prompts,
-        seeds,
-        lambda pictures, rows: distance(pictures, attractors[rows]) <= ball.radius,
-        starts,
-        judged_by=f"{getattr(distance, 'name', type(distance).__name__)}, {ball.radius!r}, {_digest(attractors)}",
-        **options,
-    )
+
+    def captured(pictures: Tensor, rows: list[int]) -> Tensor:
+        return distance(pictures, attractors[rows]) <= ball.radius
+
+    name = getattr(distance, "name", type(distance).__name__)
+    judged_by = f"{name}, {ball.radius!r}, {digest(attractors) if options.get('folder') else ''}"
+    found = bisect(denoiser, prompts, seeds, captured, starts, judged_by=judged_by, **options)
     samples = pd.DataFrame({"prompt": found.prompts, "seed": found.seeds})
     return _points(samples, found.captured.numpy(), found.starts), found
 
@@ -338,9 +258,8 @@ def escapes(
 ) -> pd.DataFrame:
     """Push captured trajectories off their way and see which still end in the ball.
 
-    At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction,
-    root mean square over the latent's numbers, so that r = 1 is as far as the noise at t itself; then
-    ``guidance`` goes on to the end.
+    At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction, root mean square over
+    the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end.
 
     Args:
         run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
@@ -348,43 +267,25 @@ def escapes(
         radii: r; the same direction for all r of a state.
         options: of `sampling.sample_from`.
 
-    Returns one row a push: prompt, seed, t, noise (the state's share of it), radius, escaped. Raises ValueError
-    when a trajectory was not recorded or a timestep is none of its.
+    Returns one row a push: prompt, seed, t, noise (the state's share of it), radius, escaped.
     """
-    guidance = ConstantGuidance() if guidance is None else guidance
-    if run.predicted is None:
-        raise ValueError("these trajectories kept their last latents only: sample again with record=True")
-    times, steps, parts = run.timesteps.tolist(), len(run.timesteps), []
-    generator = torch.Generator().manual_seed(seed)
+    times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(radii), []
+    scheduler, generator = new_scheduler(run.denoiser, options.get("scheduler"), steps), torch.Generator().manual_seed(seed)
     for t in timesteps:
         if t not in times:
             raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
-        states = run.latents[:, times.index(t)]
+        states = run.recorded("latents")[:, times.index(t)]
         direction = torch.randn(states.shape, generator=generator)
         direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
         # some schedulers' states are larger than x_t by a factor
-        scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
         factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
-        noise_level = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
-        pushed = torch.cat([states + r * noise_level * direction for r in radii])
-        count = len(radii)
-        end = sample_from(
-            run.denoiser, run.prompts * count, pushed, t, guidance, seeds=run.seeds * count, steps=steps, **options
-        )
+        noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
+        pushed = torch.cat([states + r * noise * direction for r in radii])
+        again = {"seeds": run.seeds * count, "steps": steps, **options}
+        end = sample_from(run.denoiser, run.prompts * count, pushed, t, guidance, **again)
         inside = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= ball.radius
-        radius = np.repeat(list(radii), len(run))
-        parts.append(
-            pd.DataFrame(
-                {
-                    "prompt": end.prompts,
-                    "seed": end.seeds,
-                    "t": t,
-                    "noise": float(noise_level),
-                    "radius": radius,
-                    "escaped": ~inside,
-                }
-            )
-        )
+        table = pd.DataFrame({"prompt": end.prompts, "seed": end.seeds, "t": t, "noise": float(noise)})
+        parts.append(table.assign(radius=np.repeat(list(radii), len(run)), escaped=~inside))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -403,10 +304,12 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     for t, part in table.groupby("t", sort=False):
         wide = part.pivot(index=["prompt", "seed"], columns="radius", values="escaped").astype(float)
         radii, values = wide.columns.to_numpy(), wide.to_numpy()
-        low, high = bootstrap_interval(
-            values, lambda drawn, radii=radii: _half(radii, drawn.mean(axis=0)), resamples=500
-        )
-        found = np.array([_half(radii, values.mean(axis=0)), low, high])
+
+        def width(drawn: np.ndarray, radii=radii) -> float:
+            return _half(radii, drawn.mean(axis=0))
+
+        low, high = bootstrap_interval(values, width, resamples=500)
+        found = np.array([width(values), low, high])
         rows.append((t, *found, *(found * part["noise"].iloc[0]), len(values)))
     names = ["t", "width", "low", "high", "absolute", "absolute_low", "absolute_high", "n"]
     return pd.DataFrame(rows, columns=names)

@@ -26,9 +26,35 @@ from accelerate.utils import broadcast_object_list
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
+from .guidance import describe
 from .models import Denoiser
-from .perturbation import Strategy
-from .sampling import Trajectory, sample
+from .sampling import Mitigation, Trajectory, most_predictions, sample
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A mitigation as it is compared: what is perturbed, and the guidance that samples."""
+
+    guidance: BaseGuidance
+    perturbations: tuple[Mitigation, ...] = ()
+
+    @property
+    def mitigations(self) -> list:
+        return [*self.perturbations, self.guidance]
+
+    def settings(self) -> dict:
+        """All that tells it from another, for a record of what was done."""
+        return {"guidance": describe(self.guidance), "perturbations": [describe(p) for p in self.perturbations]}
+
+    def predictions(self, denoiser: Denoiser, steps: int = 50) -> int:
+        """At most so many network predictions a sample, a differentiated one counted as three."""
+        return most_predictions(denoiser, self.mitigations, steps)
+
+
+def combined(*strategies: Strategy) -> Strategy:
+    """The perturbations of all, in order, with the guidance of the last."""
+    perturbations = [p for s in strategies for p in s.perturbations]
+    return Strategy(strategies[-1].guidance, tuple(perturbations))
 
 
 def read_part(path: Path, expected: dict) -> tuple[pd.DataFrame, dict]:
@@ -164,7 +190,7 @@ def _make(denoiser: Denoiser, part: _Part, strategy: Strategy, seeds: Sequence[i
     """Sample the pictures of one part, judge them, and write it."""
     prompts, options = part.rows["prompt"].tolist(), {"record": False, "progress": False, **options}
     began = time.perf_counter()
-    run = sample(denoiser, prompts, seeds, strategy.guidance, perturbations=strategy.perturbations, **options)
+    run = sample(denoiser, prompts, seeds, strategy.mitigations, **options)
     seconds = (time.perf_counter() - began) / len(run)
     each = np.repeat(np.arange(len(part.rows)), len(seeds))
     table = judge(run, part.rows.iloc[each].reset_index(drop=True))

@@ -1,18 +1,17 @@
 """From a name to a denoiser.
 
-``load`` reads a Stable Diffusion pipeline (1.x, 2.x or XL), bundled, in a folder or in the Hugging
-Face cache, and gives a ``Denoiser``: Definition 1 of the paper, phi(x, t, e), with what belongs
-around it (text encoder, decoder, noise schedule). Everything downstream sees only this class.
+``load`` reads a Stable Diffusion pipeline (1.x, 2.x or XL), bundled, in a folder or in the Hugging Face cache, and gives
+a ``Denoiser``: Definition 1 of the paper, phi(x, t, e), with text encoder, decoder and noise schedule around it. All
+other modules see this class only.
 
-Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width.
-Timesteps are those of the training schedule, from T - 1 = 999 down to 0.
+Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are those of the training
+schedule, from T - 1 = 999 down to 0.
 """
 
 import csv
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -22,58 +21,35 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import StableDiffusionPipeline as SDPipeline
+from diffusers import StableDiffusionXLPipeline as SDXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a U-Net's or VAE's weights
 
 
 def data_folder() -> Path:
-    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package.
-
-    >>> (data_folder() / "emoji-duplicated").is_dir()
-    True
-    """
+    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package."""
     return Path(os.environ.get("BASINLAB_DATA", Path(__file__).resolve().parents[1] / "data"))
-
-
-def known_names() -> list[str]:
-    """Names of the bundled checkpoints.
-
-    >>> known_names()
-    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
-    """
-    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
-    return sorted({path.parent.name for path in found})
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a U-Net's or VAE's weights
-TEXT_WEIGHTS = "model.safetensors"  # transformers' name
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-RESTORE = "restore that folder, for a bundled one with `git checkout -- data`"
 
 
 class Denoiser:
     """phi: X x (0, T] x E -> X (paper, Definition 1), with what belongs around it.
 
-    Subclasses have ``name``, ``scheduler`` (a diffusers scheduler: its config is the noise schedule),
-    ``device``, ``dtype``, ``latent_shape`` (C, H, W), and define ``embed``, ``__call__``, ``decode``
-    and ``fingerprint``. Calling one gives the prediction in the kind (``epsilon`` or
-    ``v_prediction``) that its scheduler takes; ``epsilon_scale`` and ``predicted_clean`` convert
-    where the paper's quantities are meant.
+    A subclass has the attributes below, of which the scheduler's config is the noise schedule, and these methods:
+    ``embed(prompts)`` gives the embeddings e, [B, L, E], where "" is the empty prompt of the unconditional prediction;
+    ``self(latents, timestep, embedding)`` gives the prediction, [B, C, H, W], in the kind (``epsilon`` or
+    ``v_prediction``) that the scheduler takes; ``decode(latents)`` gives the pictures of clean latents;
+    ``fingerprint()`` gives a digest of the weights in use.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()  # one in closed form
@@ -87,31 +63,11 @@ class Denoiser:
     dtype: torch.dtype
     latent_shape: tuple[int, int, int]
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings e of ``prompts``, [B, L, E]; "" is the empty prompt of the unconditional prediction."""
-        raise NotImplementedError
-
-    def __call__(self, latents: Tensor, timestep: int | Tensor, embedding: Tensor) -> Tensor:
-        """The prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E]."""
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of clean latents."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """Which weights these are."""
-        raise NotImplementedError
-
     def settings(self) -> dict:
-        """What a result that is kept was made with: weights, dtype, size of the latents, noise schedule."""
-        schedule = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
-        return {
-            "weights": self.fingerprint(),
-            "dtype": str(self.dtype),
-            "latents": list(self.latent_shape),
-            "schedule": json.loads(json.dumps(schedule, default=str)),
-        }
+        """What a kept result was made with: weights, dtype, size of the latents, noise schedule."""
+        schedule = {key: str(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        shared = {"weights": self.fingerprint(), "dtype": str(self.dtype), "latents": list(self.latent_shape)}
+        return {**shared, "schedule": schedule}
 
     @property
     def train_timesteps(self) -> int:
@@ -134,10 +90,7 @@ class Denoiser:
         return self.scheduler.config.prediction_type == "v_prediction"
 
     def epsilon_scale(self, timestep: int | Tensor) -> Tensor | float:
-        """What a difference of two predictions is multiplied by to be one of epsilon.
-
-        For v-prediction eps_c - eps_u = sqrt(alpha_bar_t) (v_c - v_u).
-        """
+        """The factor that makes a difference of two predictions one of epsilon: sqrt(alpha_bar_t) for v, else 1."""
         return self.alpha_bar(timestep).sqrt() if self.predicts_v else 1.0
 
     def predicted_clean(self, latents: Tensor, prediction: Tensor, timestep: int | Tensor) -> Tensor:
@@ -166,108 +119,88 @@ class TokenAttention:
 
 @dataclass
 class StableDiffusion(Denoiser):
-    """The parts of a StableDiffusionPipeline (1.x, 2.x) as a `Denoiser`; ``folders`` are where its weights lie.
-
-    ``device`` is where it computes, which with CPU offload is not where the weights rest.
-    """
+    """A StableDiffusionPipeline (1.x, 2.x) as a `Denoiser`, on the paper's solver, DPM-Solver multistep."""
 
     name: str
-    folders: tuple[Path, ...]
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: SchedulerMixin
+    pipeline: DiffusionPipeline
     device: torch.device
     latent_shape: tuple[int, int, int]
+    scheduler: SchedulerMixin
+
+    def __post_init__(self):
+        self.tokenizer, self.text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
 
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
     def fingerprint(self) -> str:
-        """The first 16 digits of the SHA-256 of all weights in use: which weights these are."""
+        """The first 16 digits of the SHA-256 of all weights in use, which is to be asked for once a job."""
         digest = hashlib.sha256()
-        for folder in self.folders:
-            for path in sorted(p for p in folder.rglob("*.safetensors") if p.name in (WEIGHTS, TEXT_WEIGHTS)):
-                if path.parent.name != "safety_checker":
-                    with path.open("rb") as file:
-                        hashlib.file_digest(file, lambda: digest)
+        for part in (self.text_encoder, getattr(self.pipeline, "text_encoder_2", None), self.unet, self.vae):
+            for name, weight in part.state_dict().items() if part is not None else ():
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
-        """Warn, naming the words that are cut, when a prompt is longer than the text encoder takes."""
-        length = self.tokenizer.model_max_length
-        for prompt in dict.fromkeys(prompts):
-            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-            if len(ids) > length:
-                cut = self.tokenizer.decode(ids[length - 1 : -1])
-                warnings.warn(
-                    f"the text encoder takes {length - 2} tokens; of {prompt!r} this is cut: {cut!r}", stacklevel=3
-                )
-
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of ``prompts``, [B, L, E]; "" is the empty prompt of the unconditional prediction.
-
-        Warns, naming the words that are cut, when a prompt is longer than the text encoder takes.
-        """
+        """Text states of ``prompts``, [B, L, E]. Warns, naming the words, when the text encoder cuts a prompt."""
         self._warn_of_cuts(prompts)
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
             return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
-    def __call__(
-        self, latents: Tensor, timestep: int | Tensor, embedding: Tensor, token_scale: Tensor | None = None
-    ) -> Tensor:
-        """The network's prediction, [B, C, H, W], for ``latents`` [B, C, H, W] and ``embedding`` [B, L, E].
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        if isinstance(prompts, str):  # its letters would be embedded
+            raise TypeError(f"prompts is the text {prompts!r}: give a list of texts")
+        length = self.tokenizer.model_max_length
+        for prompt in dict.fromkeys(prompts):
+            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > length:
+                cut = self.tokenizer.decode(ids[length - 1 : -1])
+                message = f"the text encoder takes {length - 2} tokens; of {prompt!r} this is cut: {cut!r}"
+                warnings.warn(message, stacklevel=3)
 
-        ``token_scale`` [B, L] multiplies the logits of the cross-attention to each token; 0 masks the token.
-        Differentiable where ``latents`` or ``embedding`` asks for a gradient.
+    def __call__(self, latents, timestep, embedding, token_scale: Tensor | None = None) -> Tensor:
+        """The prediction [B, C, H, W]. ``token_scale`` [B, L] multiplies the logits of the attention to each token.
+
+        A factor of 0 masks the token. Differentiable where ``latents`` or ``embedding`` requires a gradient.
         """
-        return self._predicted(latents, timestep, {"encoder_hidden_states": embedding}, token_scale)
-
-    def _predicted(self, latents: Tensor, timestep: int | Tensor, inputs: dict, token_scale: Tensor | None) -> Tensor:
-        asks = latents.requires_grad or inputs["encoder_hidden_states"].requires_grad
-        with torch.inference_mode(not asks):
+        inputs = self._inputs(latents, embedding)
+        with torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)):
             if token_scale is None:
                 return self.unet(latents, timestep, **inputs, return_dict=False)[0]
-            inputs = {**inputs, "cross_attention_kwargs": {"token_scale": token_scale}, "return_dict": False}
+            scale = {"token_scale": token_scale[:, : inputs["encoder_hidden_states"].shape[1]]}
             usual = self.unet.attn_processors
             self.unet.set_attn_processor(TokenAttention())
             try:
-                return self.unet(latents, timestep, **inputs)[0]
+                return self.unet(latents, timestep, **inputs, cross_attention_kwargs=scale, return_dict=False)[0]
             finally:
                 self.unet.set_attn_processor(usual)
 
+    def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
+        return {"encoder_hidden_states": embedding}
+
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
         """Pictures [B, 3, height, width] float32 in 0..1, on the CPU; by default as many at once as 64 of 16 x 16."""
-        batch_size = batch_size or max(1, 64 * 256 // latents[0, 0].numel())
+        scale, size = self.vae.config.scaling_factor, batch_size or max(1, 64 * 256 // latents[0, 0].numel())
         with torch.inference_mode():
-            parts = [
-                self.vae.decode(part.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
-                for part in latents.split(batch_size)
-            ]
-            return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).cpu()
+            parts = latents.split(size)
+            pixels = [self.vae.decode(x.to(self.device, self.vae.dtype) / scale).sample.float() for x in parts]
+            return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1).cpu()
 
     def encode(self, pictures: Tensor, batch_size: int | None = None) -> Tensor:
-        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU.
-
-        By default as many at once as 64 of 64 x 64 pixels.
-        """
-        batch_size = batch_size or max(1, 64 * 64 * 64 // pictures[0, 0].numel())
+        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
+        size = batch_size or max(1, 64 * 64 * 64 // pictures[0, 0].numel())
         with torch.inference_mode():
-            parts = [
-                self.vae.encode(part.to(self.device, self.vae.dtype) * 2 - 1).latent_dist.mean
-                for part in pictures.split(batch_size)
-            ]
-            return torch.cat(parts).float().cpu() * self.vae.config.scaling_factor
+            parts = [x.to(self.device, self.vae.dtype) * 2 - 1 for x in pictures.split(size)]
+            means = torch.cat([self.vae.encode(part).latent_dist.mean for part in parts])
+            return means.float().cpu() * self.vae.config.scaling_factor
 
 
-@dataclass
 class StableDiffusionXL(StableDiffusion):
-    """The parts of a StableDiffusionXLPipeline. The last row of an embedding [B, L + 1, E] is the pooled text."""
-
-    pipeline: StableDiffusionXLPipeline
+    """A StableDiffusionXLPipeline. The last row of an embedding [B, L + 1, E] is the pooled text."""
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Both encoders' states of ``prompts``, [B, L, E], and the second's pooled one, padded to E, as row L + 1.
@@ -282,28 +215,61 @@ class StableDiffusionXL(StableDiffusion):
             rows[[prompt == "" for prompt in prompts]] = 0
         return rows
 
-    def __call__(self, latents, timestep, embedding, token_scale=None):
-        states, pooled = embedding[:, :-1], embedding[:, -1, : self.pipeline.text_encoder_2.config.projection_dim]
+    def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
+        pooled = embedding[:, -1, : self.pipeline.text_encoder_2.config.projection_dim]
         size = [side * self.pipeline.vae_scale_factor for side in latents.shape[-2:]]  # original, crop and target
         sizes = torch.tensor([[*size, 0, 0, *size]]).to(latents).expand(len(latents), -1)
-        inputs = {
-            "encoder_hidden_states": states,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
-        }
-        return self._predicted(latents, timestep, inputs, None if token_scale is None else token_scale[:, :-1])
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        return {"encoder_hidden_states": embedding[:, :-1], "added_cond_kwargs": added}
 
 
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+VOCABULARY = (["tokenizer.json"], ["vocab.json", "merges.txt"])
 _KINDS = {  # diffusers' class, ours, and how to load it without what is not needed
-    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusion, UNCHECKED),
-    "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, StableDiffusionXL, {"add_watermarker": False}),
+    "StableDiffusionPipeline": (SDPipeline, StableDiffusion, UNCHECKED),
+    "StableDiffusionXLPipeline": (SDXLPipeline, StableDiffusionXL, {"add_watermarker": False}),
 }
 
 
-def _cached(name: str) -> Path | None:
-    """The snapshot of hub id ``name`` in the Hugging Face cache, if there is one."""
-    index = try_to_load_from_cache(name, "model_index.json") if re.fullmatch(HUB_ID, name) else None
-    return Path(index).parent if isinstance(index, str) else None
+def load(
+    name: str | Path,
+    *,
+    unet: str | Path | None = None,
+    resolution: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusion:
+    """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
+
+    Args:
+        name: a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id of one that
+            is in the Hugging Face cache. Nothing is downloaded, and only safetensors are read.
+        unet: folder of a fine-tuned U-Net: all its weights, or those that differ from the U-Net of ``name``.
+        resolution: side of the pictures in pixels, for a U-Net that was fine-tuned at another one; default its own.
+
+    Raises ValueError for what would give wrong predictions, and OSError for a file that is missing or damaged.
+
+    >>> denoiser = load("emoji-duplicated")
+    >>> denoiser.latent_shape, denoiser.embed(["a picture of a tomato"]).shape
+    ((4, 16, 16), torch.Size([1, 32, 128]))
+    """
+    try:
+        torch.empty(0, device=device, dtype=dtype)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
+    own = _folder(str(name))
+    folder, unet = _base(own, unet)
+    pipeline, kind = _pipeline(folder, dtype)
+    scheduler = _scheduler(pipeline, folder)
+    if unet is not None:
+        _overlay(pipeline.unet, Path(unet), folder)
+    shape = _latent_shape(pipeline, resolution)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipeline.to(device)
+    called = own.name if own.resolve() == (data_folder() / own.name).resolve() else str(name)
+    return kind(called, pipeline, torch.device(device), shape, scheduler)
 
 
 def _folder(name: str) -> Path:
@@ -311,181 +277,110 @@ def _folder(name: str) -> Path:
     for folder in (Path(name), data_folder() / name):
         if folder.is_dir():
             return folder
-    known = f"no checkpoint {name!r}: it is neither a folder nor one of the bundled {known_names()} in {data_folder()}"
-    if folder := _cached(name):
-        return folder
-    if not re.fullmatch(HUB_ID, name):
-        raise ValueError(known)
+    try:
+        index = try_to_load_from_cache(name, "model_index.json")
+    except HFValidationError:
+        index = None
+    if isinstance(index, str):
+        return Path(index).parent
+    known = sorted({path.parent.name for path in data_folder().glob("*/scenario.json")})
     raise ValueError(
-        f"{known}, and the Hugging Face cache {constants.HF_HUB_CACHE} has no model_index.json of it: "
-        f"fetch it with {_fetching(name)}"
+        f"no checkpoint {name!r}: it is no folder, none of the bundled {known} in {data_folder()}, and not in the Hugging "
+        f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
+        f"one (if it is gated, first accept its licence at https://huggingface.co/{name} and run `hf auth login`)"
     )
-
-
-def _fetching(name: str) -> str:
-    """The command that fetches what `load` reads of hub id ``name``."""
-    return (
-        f"`hf download {name} --include '*.json' '*.txt' '*/{WEIGHTS}' '*/{TEXT_WEIGHTS}'` "
-        f"(if it is gated, first accept its licence at https://huggingface.co/{name} and run `hf auth login`; "
-        "if it is gone, give the folder of a copy)"
-    )
-
-
-def _check_files(folder: Path, parts: dict, cure: str) -> None:
-    """OSError that names the first file of ``parts`` that ``folder`` lacks, and ``cure``."""
-    for part in (p for p in parts if p.startswith(("text_encoder", "unet", "vae"))):
-        for file in ("config.json", TEXT_WEIGHTS if part.startswith("text") else WEIGHTS):
-            path = folder / part / file
-            if not path.exists():
-                raise OSError(f"{path} is missing; {_converting(path) or cure}")
-
-
-def _converting(path: Path) -> str | None:
-    """Of weights that lie beside ``path`` as a pickle: why they are not read, and what makes ``path`` of them."""
-    pickles = sorted(path.parent.glob("*.bin")) if path.suffix == ".safetensors" else []
-    if not pickles:
-        return None
-    script = (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file(torch.load('{pickles[0]}', map_location='cpu', weights_only=True), '{path}')"
-    )
-    return f'{pickles[0].name} beside it is a pickle, which may hold code: convert it, `python -c "{script}"`'
-
-
-def load(
-    name: str,
-    *,
-    unet: str | Path | None = None,
-    resolution: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    attention_slicing: bool = False,
-    offload: bool = False,
-) -> Denoiser:
-    """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
-
-    Args:
-        name: a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id
-            of one that is in the Hugging Face cache, such as "CompVis/stable-diffusion-v1-4". Nothing is
-            downloaded, and only safetensors are read.
-        unet: folder of a fine-tuned U-Net, whose ``diffusion_pytorch_model.safetensors`` holds all its
-            weights or only those that differ from the U-Net of ``name``.
-        resolution: side of the pictures in pixels, for a U-Net that was fine-tuned at another one; default its own.
-        attention_slicing: attention in slices: less memory, more time, the same result.
-        offload: weights rest on the CPU and visit ``device``, an accelerator, one model at a time.
-
-    Raises:
-        ValueError: no such name (the known ones are listed, and how to fetch one of the hub), or the folder is
-            not such a pipeline, or ``unet`` has weights that the pipeline's U-Net has not, or was made from
-            another one, or a resolution that the latents cannot have, or offload without an accelerator.
-        OSError: a file is missing, truncated, corrupt or a pickle; the message names it and the cure.
-
-    >>> denoiser = load("emoji-duplicated")
-    >>> denoiser.latent_shape, denoiser.embed(["a picture of a tomato"]).shape
-    ((4, 16, 16), torch.Size([1, 32, 128]))
-    """
-    own = _folder(name)
-    if torch.device(device).type == "cpu" and offload:
-        raise ValueError("offload moves weights from the CPU to an accelerator: give device='cuda', or offload=False")
-    folder, unet = _base(own, unet)
-    pipeline, kind = _pipeline(name, folder, dtype)
-    if unet is not None:
-        _overlay(pipeline.unet, Path(unet), folder)
-    factor, side = 2 ** (len(pipeline.vae.config.block_out_channels) - 1), pipeline.unet.config.sample_size
-    if resolution is not None:
-        least = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-        if resolution < least or resolution % least:
-            raise ValueError(f"resolution is {resolution}: give a multiple of {least} pixels")
-        side = resolution // factor
-    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae, getattr(pipeline, "text_encoder_2", None)):
-        if part is not None:
-            part.eval().requires_grad_(False)
-    if attention_slicing:
-        pipeline.enable_attention_slicing()
-    if offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
-    further = {"pipeline": pipeline} if kind is StableDiffusionXL else {}
-    return kind(
-        name=name if own == _cached(name) else _name(own.resolve()),
-        folders=(folder,) if unet is None else (folder, Path(unet)),
-        tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder,
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace"),
-        device=torch.device(device),
-        latent_shape=(pipeline.unet.config.in_channels, side, side),
-        **further,
-    )
-
-
-def _name(own: Path) -> str:
-    """What a checkpoint's folder is called: a bundled one by its name, another by its path."""
-    return own.name if own == (data_folder() / own.name).resolve() else str(own)
 
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
-    """Where the parts of checkpoint ``own`` lie, and the U-Net over them: a fine-tuned one names its base."""
-    settings = read_scenario(str(own)) if (own / "scenario.json").exists() else {}
+    """The folder of ``own``'s pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
+    scenario = own / "scenario.json"
+    settings = json.loads(scenario.read_text()) if scenario.exists() else {}
     if "base" not in settings:
         return own, unet
     folder = own.parent / settings["base"]
     found = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
     if found != settings["base_unet"]:
-        raise ValueError(
-            f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {found}: "
-            "restore both with `git checkout -- data`, or train both with `make world`"
-        )
+        raise ValueError(f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {found}")
     return folder, unet or own / "unet"
 
 
-def _pipeline(name: str, folder: Path, dtype: torch.dtype):
-    """The pipeline in ``folder`` and the class of ours for it."""
-    index = folder / "model_index.json"
-    if not index.exists():
-        raise ValueError(
-            f"{folder} has no model_index.json, so it is no diffusers pipeline; "
-            "give the folder that StableDiffusionPipeline.save_pretrained wrote"
-        )
+def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[DiffusionPipeline, type]:
+    """The pipeline in ``folder`` and our class for it."""
+    if not (folder / "model_index.json").exists():
+        raise ValueError(f"{folder} has no model_index.json: give a folder that a pipeline's save_pretrained wrote")
     with _reading(folder):
-        parts = json.loads(index.read_text())
+        parts = json.loads((folder / "model_index.json").read_text())
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
     theirs, ours, options = _KINDS[parts["_class_name"]]
-    _check_files(folder, parts, f"fetch it with {_fetching(name)}" if folder == _cached(name) else RESTORE)
+    for part in (folder / name for name in parts if name.startswith("tokenizer")):  # without it all prompts are alike
+        if not any(all((part / f).exists() for f in files) for files in VOCABULARY):
+            raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
+    halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
+    whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
+    options = {**options, "variant": "fp16"} if halves - whole else options
     with _reading(folder), without_bars():
         pipeline = theirs.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
+    if changed := [k for k in ("latents_mean", "latents_std", "shift_factor") if pipeline.vae.config.get(k) is not None]:
+        raise ValueError(f"the VAE in {folder} normalizes latents by {changed}, which is not supported")
     return pipeline, ours
 
 
-def _overlay(unet: UNet2DConditionModel, folder: Path, base: Path) -> None:
+def _scheduler(pipeline: DiffusionPipeline, folder: Path) -> SchedulerMixin:
+    """The paper's solver on the noise schedule of ``pipeline``, which must be one of discrete betas."""
+    config, betas = pipeline.scheduler.config, getattr(pipeline.scheduler, "alphas_cumprod", None)
+    kind = config.get("prediction_type", "epsilon")
+    solver = DPMSolverMultistepScheduler.from_config({**config, "prediction_type": kind}, timestep_spacing="linspace")
+    flow = config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete"
+    if betas is None or flow or kind not in ("epsilon", "v_prediction"):
+        found = f"{type(pipeline.scheduler).__name__} with prediction_type {kind!r}"
+        raise ValueError(f"{folder} has a {found}: give epsilon or v_prediction on a discrete schedule of betas")
+    if not torch.allclose(solver.alphas_cumprod, betas, atol=1e-4):
+        raise ValueError(f"the noise schedule in {folder} is not one that DPMSolverMultistepScheduler takes over")
+    if kind == "epsilon" and betas[-1] < 1e-6:
+        raise ValueError(f"the scheduler in {folder} has no signal left at T, where epsilon says nothing: it needs v")
+    return solver
+
+
+def _overlay(unet: torch.nn.Module, folder: Path, base: Path) -> None:
     """Put the weights in ``folder`` in the place of those of ``unet``, which came from ``base``."""
-    path = folder / WEIGHTS
-    if not path.exists() and (cure := _converting(path)):
-        raise OSError(f"{path} is missing; {cure}")
+    paths = sorted(folder.glob(WEIGHTS.replace(".", "*.")))
+    paths = [path for path in paths if ".fp16" not in path.name] or paths
+    if not paths and (folder / "pytorch_lora_weights.safetensors").exists():
+        raise ValueError(f"{folder} holds a LoRA: fuse it into a U-Net with diffusers, and give that U-Net's folder")
     with _reading(folder):
-        weights = load_file(path)
+        if not paths:
+            raise OSError(f"no {WEIGHTS}")
+        weights = {key: value for path in paths for key, value in load_file(path).items()}
     own = unet.state_dict()
-    if unknown := [key for key in weights if key not in own]:
-        raise ValueError(f"{folder} holds weights that the U-Net of {base} has not: {unknown[:3]}")
-    if other := [key for key in weights if weights[key].shape != own[key].shape]:
-        raise ValueError(f"{folder} holds weights of another shape than the U-Net of {base}: {other[:3]}")
+    if other := [key for key in weights if key not in own or weights[key].shape != own[key].shape]:
+        raise ValueError(f"{folder} holds weights that the U-Net of {base} has not, or of another shape: {other[:3]}")
     unet.load_state_dict(weights, strict=False)
+
+
+def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+    """C, H, W of the latents: the U-Net's own size, or that of pictures of ``resolution`` pixels."""
+    channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
+    if resolution is None:
+        return (channels, *side) if isinstance(side, list | tuple) else (channels, side, side)
+    least = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if not isinstance(resolution, int) or resolution < least or resolution % least:
+        raise ValueError(f"resolution is {resolution!r}: give a multiple of {least} pixels")
+    side = resolution // pipeline.vae_scale_factor
+    return channels, side, side
 
 
 @contextmanager
 def _reading(folder: Path):
-    """Turns what the libraries say of a damaged file into an OSError that names its folder."""
+    """Say of a damaged file in which folder it is, and what helps."""
     try:
         yield
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise OSError(
-            f"a file of the checkpoint in {folder} is missing, truncated or corrupt ({error}); {RESTORE}"
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        cure = "restore it with `git checkout -- data`" if data_folder() in folder.parents else "fetch or save it again"
+        pickles = " (a pickle, *.bin, may hold code and is not read)" if [*folder.rglob("*.bin")] else ""
+        raise OSError(f"a file in {folder} is missing, truncated or corrupt ({error}){pickles}: {cure}") from error
 
 
 @contextmanager
@@ -499,6 +394,32 @@ def without_bars():
     finally:
         for bars in shown:
             bars.enable_progress_bar()
+
+
+def read_pictures(paths: Sequence[str | Path]) -> Tensor:
+    """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
+    found = []
+    for path in paths:
+        with Image.open(path) as picture:
+            found.append(to_tensor(picture.convert("RGB")))
+    return torch.stack(found)
+
+
+# Of the bundled world, until scenarios.py has them
+
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+RESTORE = "restore that folder, for a bundled one with `git checkout -- data`"
+
+
+def known_names() -> list[str]:
+    """Names of the bundled checkpoints.
+
+    >>> known_names()
+    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
+    """
+    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
+    return sorted({path.parent.name for path in found})
 
 
 def read_scenario(name: str) -> dict:
@@ -530,16 +451,3 @@ def read_prompts(name: str, kind: str) -> pd.DataFrame:
     for column in {"attractor", "swapped"} & set(table.columns):
         table[column] = [str(path.parent / relative) for relative in table[column]]
     return table
-
-
-def read_pictures(paths: Sequence[str | Path]) -> Tensor:
-    """Pictures of one size as [B, 3, height, width] float32 in 0..1.
-
-    >>> read_pictures(read_prompts("emoji-duplicated", "memorized")["attractor"][:2]).shape
-    torch.Size([2, 3, 64, 64])
-    """
-    found = []
-    for path in paths:
-        with Image.open(path) as picture:
-            found.append(to_tensor(picture.convert("RGB")))
-    return torch.stack(found)

@@ -5,6 +5,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import bound, close
 from diffusers import StableDiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from scipy.signal import argrelmin
@@ -20,10 +21,6 @@ STEPS = 8
 
 def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, guidance=None, steps=STEPS, **options):
     return basinlab.sample(denoiser, prompts, seeds, guidance, steps=steps, progress=False, **options)
-
-
-def close(a, b, atol=1e-4):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +70,7 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=scheduler)
     assert ours.prompts == prompts and ours.seeds == seeds
     assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
-    scale = max(1.0, float(theirs.abs().max()) / 10)  # float32 has seven digits, whatever the latents' size
-    close(ours.latents[:, -1], theirs, atol=1e-4 * scale)
+    close(ours.latents[:, -1], theirs)
 
 
 def test_bundled_checkpoint_samples_as_diffusers_pipeline_does(bundled):
@@ -103,12 +99,33 @@ def test_batch_size_changes_no_result(tiny, cfg, batch_size):
     assert parts.network_calls.tolist() == cfg.network_calls.tolist()
 
 
+@pytest.mark.parametrize("fault", ["another prompt's embedding", "another seed's noise"])
+def test_a_wrong_neighbour_is_far_outside_the_bound(tiny, cfg, monkeypatch, fault):
+    """What `close` must catch: at one of the steps, one of the rows has what belongs to its neighbour."""
+    calls, right = [], type(tiny).__call__
+
+    def wrong(self, latents, timestep, embedding):
+        calls.append(timestep)
+        if len(calls) == 3:
+            latents, embedding = latents.clone(), embedding.clone()
+            if fault == "another prompt's embedding":
+                embedding[0] = embedding[3]
+            else:
+                latents[0] = latents[1]
+        return right(self, latents, timestep, embedding)
+
+    monkeypatch.setattr(type(tiny), "__call__", wrong)
+    run = sample(tiny)
+    assert (run.latents - cfg.latents)[0].abs().max() > 100 * bound(cfg.latents)
+    close(run.latents[1:], cfg.latents[1:])
+
+
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
 def test_noise_drawn_on_the_way_depends_on_the_seed_alone(tiny, scheduler):
     torch.manual_seed(1)
     together = sample(tiny, scheduler=scheduler)
     torch.manual_seed(2)
-    close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents, atol=1e-3)
+    close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents)
 
 
 def test_a_run_depends_on_its_prompt_and_seed_alone(tiny, cfg):
@@ -119,7 +136,7 @@ def test_a_run_depends_on_its_prompt_and_seed_alone(tiny, cfg):
 
 def test_initial_noise_is_the_cpu_generators(cfg):
     expected = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in SEEDS * 2]
-    close(cfg.latents[:, 0], torch.stack(expected), atol=0)
+    close(cfg.latents[:, 0], torch.stack(expected), share=0)
 
 
 @pytest.mark.parametrize("start", [999, 640, 500, 3, 0])
@@ -260,7 +277,7 @@ def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, predict
 
 
 def test_last_prediction_is_where_the_solver_ends(cfg):
-    close(cfg.predicted[:, -1], cfg.latents[:, -1], atol=2e-2)
+    close(cfg.predicted[:, -1], cfg.latents[:, -1], share=2e-3)
     assert (cfg.predicted[:, 0] - cfg.latents[:, -1]).abs().max() > 0.5
 
 
@@ -268,7 +285,7 @@ def test_without_record_only_the_last_latents_are_kept(tiny, cfg):
     light = sample(tiny, record=False)
     assert light.latents.shape == (6, 1, 4, 16, 16) and light.predicted is None
     close(light.latents[:, -1], cfg.latents[:, -1])
-    torch.testing.assert_close(light.images(), cfg.images(), atol=1e-4, rtol=0)
+    close(light.images(), cfg.images())
     with pytest.raises(ValueError, match="record=True"):
         light.predicted_images([0])
 
@@ -294,7 +311,7 @@ def test_pictures_are_the_decoded_latents(tiny, cfg):
     torch.testing.assert_close(cfg.images(), tiny.decode(cfg.latents[:, -1]))
     steps = [0, STEPS - 1]
     expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in steps], dim=1)
-    torch.testing.assert_close(cfg.predicted_images(steps), expected, atol=1e-5, rtol=0)
+    close(cfg.predicted_images(steps), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 1000])

@@ -7,7 +7,7 @@ prompt x seed x strategy; ``summary`` gives one row a scenario, group and strate
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import metrics
-from .. import perturbation as p
+from .. import mitigations as p
 from ..basin import Ball
-from ..experiment import processes, read_part, run_grid, write_part
+from ..experiment import Strategy, combined, processes, read_part, run_grid, write_part
 from ..guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
@@ -28,8 +28,7 @@ from ..guidance import (
     StaticTransitionPoint,
 )
 from ..models import Denoiser, data_folder, load, read_pictures, read_prompts, read_scenario
-from ..perturbation import Perturbation, Strategy, combined
-from ..sampling import Trajectory
+from ..sampling import Mitigation, Trajectory
 from .evaluation import Judges, read_evaluation
 from .scorecard import ball_of, layout_floor
 
@@ -46,7 +45,7 @@ def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
     """
     cfg = ConstantGuidance(scale)
 
-    def before(*perturbations: Perturbation, guidance=cfg) -> tuple[Strategy, ...]:
+    def before(*perturbations: Mitigation, guidance=cfg) -> tuple[Strategy, ...]:
         return tuple(Strategy(guidance, (perturbation,)) for perturbation in perturbations)
 
     def guided(*guidances) -> tuple[Strategy, ...]:
@@ -100,10 +99,11 @@ class Profile:
     extra: tuple[int, int]  # prompts, seeds
     ordinary_elsewhere: bool = False
     steps: int = 50
+    iterations: int | None = None  # at most so many before the first step
 
 
 PROFILES = {
-    "tiny": Profile(3, 3, 2, (3, 1), steps=10),  # for tests
+    "tiny": Profile(2, 2, 2, (2, 1), steps=4, iterations=1),  # for tests
     "reader": Profile(6, 4, 2, (6, 1)),
     "paper": Profile(32, 16, 4, (16, 2), ordinary_elsewhere=True),
 }
@@ -123,6 +123,17 @@ def groups(scenario: str, profile: Profile) -> dict[str, pd.DataFrame]:
         return found
     ordinary = ordinary[~ordinary["object"].isin(memorized.query("kind == 'class'")["object"])]
     return found | {"ordinary": _spread(ordinary, main)}
+
+
+def at_most(strategies: Mapping[str, Strategy], iterations: int | None) -> dict[str, Strategy]:
+    """The same strategies with at most so many iterations before the first step; None leaves them as they are."""
+    if iterations is None:
+        return dict(strategies)
+
+    def cut(q: Mitigation) -> Mitigation:
+        return replace(q, iterations=min(q.iterations, iterations)) if hasattr(q, "iterations") else q
+
+    return {name: replace(s, perturbations=tuple(map(cut, s.perturbations))) for name, s in strategies.items()}
 
 
 def _spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -270,7 +281,7 @@ def plan(
     size, tasks = PROFILES[profile], []
     for scenario in SCENARIOS:
         scale = read_scenario(scenario)["guidance_scale"]
-        methods = {**tuned(scale), **(strategies or {})}
+        methods = at_most({**tuned(scale), **(strategies or {})}, size.iterations)
         if unknown := [name for name in only if name not in methods]:
             raise ValueError(f"no method {unknown}: give some of {sorted(methods)}")
         methods = {name: methods[name] for name in only or methods}
@@ -278,7 +289,10 @@ def plan(
         wanted = [(group, rows, size.seeds, methods, "methods") for group, rows in parts.items()]
         if scenario == MAIN and not only:
             few = ("memorized", _spread(parts["memorized"], size.extra[0]), size.extra[1])
-            wanted += [(*few, _settings(contenders(scale)), "settings"), (*few, combinations(methods), "combinations")]
+            wanted += [
+                (*few, at_most(_settings(contenders(scale)), size.iterations), "settings"),
+                (*few, combinations(methods), "combinations"),
+            ]
         tasks += [Task(scenario, g, rows, range(seeds), tried, of, size.steps) for g, rows, seeds, tried, of in wanted]
     return tasks
 

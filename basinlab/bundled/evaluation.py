@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from .. import metrics
 from ..basin import Ball, outcomes
 from ..experiment import processes, read_part, run_grid, write_part
+from ..forks import Sweep
 from ..guidance import ConstantGuidance, StaticTransitionPoint
 from ..models import Denoiser, data_folder, read_pictures, read_prompts, read_scenario
-from ..sampling import Sweep, Trajectory, initial_noise
+from ..sampling import Trajectory, initial_noise
 
 
 def measured(run: Trajectory, prompts: pd.DataFrame, judges: "Judges") -> pd.DataFrame:

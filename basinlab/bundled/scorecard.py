@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from .. import metrics
-from ..basin import Ball, auc, bootstrap_interval, calibrate_ball, first_local_minimum, wilson_interval
+from ..basin import Ball, calibrate_ball, first_local_minimum
 from ..models import Denoiser, data_folder, read_pictures, read_prompts
+from ..statistics import auc, bootstrap_interval, wilson_interval
 from .evaluation import Judges
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from .. import metrics
-from ..basin import mean_interval, quantile_interval
+from ..statistics import mean_interval, quantile_interval
 from .comparison import MAIN
 from .scorecard import real_scenes
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from .. import perturbation as p
-from ..basin import estimate_attractor, mean_interval, quantile_interval
+from .. import mitigations as p
+from ..basin import estimate_attractor
+from ..experiment import Strategy
+from ..forks import Sweep
 from ..guidance import (
     ConstantGuidance,
     DynamicTransitionPoint,
@@ -26,8 +28,8 @@ from ..guidance import (
     StaticTransitionPoint,
 )
 from ..models import read_pictures
-from ..perturbation import Strategy
-from ..sampling import Sweep, Trajectory
+from ..sampling import Trajectory
+from ..statistics import mean_interval, quantile_interval
 from .scenarios import Scenario
 
 COPY = 0.5  # SSCD similarity above which the field counts a picture as a copy (Somepalli et al., CVPR 2023)

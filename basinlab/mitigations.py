@@ -1,64 +1,43 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
-A `Perturbation` changes prompt, embedding, attention or initial noise of every sample by itself, so
-that a result does not depend on the batch around it. What is drawn at random depends on the seed,
-apart from the initial noise. ``sample(..., perturbations=[...])`` applies them in order; a
-`Strategy` is such a list with the guidance to sample with, and any two lists make a third.
+A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself, so that a result does not
+depend on the batch around it. What is drawn at random depends on the seed, apart from the initial noise.
+``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])`` applies them in order.
 
-Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space
-scales with the square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T)
-of the noise schedule as well. Magnitudes are of epsilon, in units of one latent's norm.
+Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space scales with the
+square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T) of the noise schedule as well.
+Magnitudes are of epsilon, in units of one latent's norm.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from zlib import crc32
 
 import numpy as np
 import torch
-from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from .guidance import describe
 from .models import Denoiser
-from .sampling import Perturbation, State, predictions
+from .sampling import Mitigation, State
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A mitigation as it is compared: what is perturbed, and the guidance that samples."""
-
-    guidance: BaseGuidance
-    perturbations: tuple[Perturbation, ...] = ()
-
-    def settings(self) -> dict:
-        """All that tells it from another, for a record of what was done."""
-        return {
-            "guidance": describe(self.guidance),
-            "perturbations": [{"name": type(p).__name__, **asdict(p)} for p in self.perturbations],
-        }
-
-    def predictions(self, denoiser: Denoiser, steps: int = 50) -> int:
-        """At most so many network predictions a sample, a differentiated one counted as three."""
-        return predictions(self.guidance, denoiser, steps) + sum(p.most_predictions() for p in self.perturbations)
+def _key(mitigation: Mitigation, seed: int, *more: int) -> list[int]:
+    """The seed of a random stream of one mitigation of one sample."""
+    return [seed, crc32(type(mitigation).__name__.encode()), *more]
 
 
-def _key(perturbation: Perturbation, seed: int, *more: int) -> list[int]:
-    """Numbers that a random stream of one perturbation of one sample starts from."""
-    return [seed, crc32(type(perturbation).__name__.encode()), *more]
-
-
-def _noise(perturbation: Perturbation, state: State, *more: int) -> Tensor:
+def _noise(mitigation: Mitigation, state: State, *more: int) -> Tensor:
     """Unit Gaussian noise of the embeddings' shape, [B, L, E], one stream a sample."""
     drawn = [
-        np.random.default_rng(_key(perturbation, seed, *more)).standard_normal(state.conditional.shape[1:], np.float32)
+        np.random.default_rng(_key(mitigation, seed, *more)).standard_normal(state.conditional.shape[1:], np.float32)
         for seed in state.seeds
     ]
     return torch.from_numpy(np.stack(drawn)).to(state.conditional)
 
 
 @dataclass(frozen=True)
-class _Insertion(Perturbation):
+class _Insertion(Mitigation):
     """``count`` words put into the prompt, each at a random place.
 
     The inference-time mitigations of Somepalli et al., NeurIPS 2023 (arXiv 2305.20086, their
@@ -102,17 +81,17 @@ class RepeatedWords(_Insertion):
 
 
 @dataclass(frozen=True)
-class EmbeddingNoise(Perturbation):
+class EmbeddingNoise(Mitigation):
     """GNI: Gaussian noise of deviation ``scale`` on the prompt's embedding (Somepalli et al. 2023; theirs: 0.1)."""
 
     scale: float = 0.1
 
-    def begin(self, state, denoiser):
+    def begin(self, state):
         state.conditional = state.conditional + self.scale * _noise(self, state)
 
 
 @dataclass(frozen=True)
-class ConditionAnnealing(Perturbation):
+class ConditionAnnealing(Mitigation):
     """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
     y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma
@@ -143,7 +122,7 @@ class ConditionAnnealing(Perturbation):
 
 
 @dataclass(frozen=True)
-class CrossAttentionMask(Perturbation):
+class CrossAttentionMask(Mitigation):
     """Cross-attention without the tokens after the prompt, and more of it to the begin token.
 
     Ren et al., ECCV 2024 (arXiv 2403.11052). The padding after a prompt repeats its end token and sums
@@ -157,21 +136,21 @@ class CrossAttentionMask(Perturbation):
     begin_scale: float = 1.25
     keep_end: bool = True
 
-    def begin(self, state, denoiser):
-        lengths = [len(ids) for ids in denoiser.tokenizer(state.texts, truncation=True).input_ids]
+    def begin(self, state):
+        lengths = [len(ids) for ids in state.denoiser.tokenizer(state.texts, truncation=True).input_ids]
         kept = torch.tensor(lengths)[:, None] - int(not self.keep_end)
         scale = (torch.arange(state.conditional.shape[1]) < kept).to(state.conditional)
         scale[:, 0] = self.begin_scale
         state.token_scale = scale
 
 
-def _difference(denoiser: Denoiser, state: State, latents: Tensor, conditional: Tensor) -> Tensor:
+def _difference(state: State, latents: Tensor, conditional: Tensor) -> Tensor:
     """eps_c - eps_u, [B, C, H, W], at the first step."""
     t = state.scheduler.timesteps[0]
     inputs = state.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
     both = torch.cat([conditional, state.unconditional.expand(len(latents), -1, -1)])
-    first, second = denoiser(inputs, t, both).chunk(2)
-    return (first - second) * denoiser.epsilon_scale(t)
+    first, second = state.denoiser(inputs, t, both).chunk(2)
+    return (first - second) * state.denoiser.epsilon_scale(t)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -211,7 +190,7 @@ def _descend(
 
 
 @dataclass(frozen=True)
-class PromptOptimization(Perturbation):
+class PromptOptimization(Mitigation):
     """The embedding moved until the guidance magnitude at the first step is small.
 
     Wen et al., ICLR 2024 (arXiv 2407.21720, their aug_prompt): min over e of ||eps(x_T, e) - eps(x_T, e_empty)||, by
@@ -226,13 +205,13 @@ class PromptOptimization(Perturbation):
     rate: float = 0.05
     iterations: int = 10
 
-    def begin(self, state, denoiser):
+    def begin(self, state):
         begin = state.conditional[:, :1]
 
         def loss(tokens: Tensor) -> Tensor:
-            return _norm(_difference(denoiser, state, state.latents, torch.cat([begin, tokens], 1)))
+            return _norm(_difference(state, state.latents, torch.cat([begin, tokens], 1)))
 
-        optimizer = lambda parameters: torch.optim.AdamW(parameters, self.rate)  # noqa: E731
+        optimizer = partial(torch.optim.AdamW, lr=self.rate)
         moved = _descend(state, state.conditional[:, 1:], loss, self.target, self.iterations, optimizer, 2)
         state.conditional = torch.cat([begin, moved], 1)
 
@@ -241,7 +220,7 @@ class PromptOptimization(Perturbation):
 
 
 @dataclass(frozen=True)
-class NoiseDescent(Perturbation):
+class NoiseDescent(Mitigation):
     """Initial noise moved until the guidance magnitude at T is small, by AdamW.
 
     Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||.
@@ -255,9 +234,11 @@ class NoiseDescent(Perturbation):
     rate: float = 0.01
     iterations: int = 1000
 
-    def begin(self, state, denoiser):
-        loss = lambda latents: _norm(_difference(denoiser, state, latents, state.conditional))  # noqa: E731
-        optimizer = lambda parameters: torch.optim.AdamW(parameters, self.rate)  # noqa: E731
+    def begin(self, state):
+        def loss(latents: Tensor) -> Tensor:
+            return _norm(_difference(state, latents, state.conditional))
+
+        optimizer = partial(torch.optim.AdamW, lr=self.rate)
         state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 2)
 
     def most_predictions(self):
@@ -265,7 +246,7 @@ class NoiseDescent(Perturbation):
 
 
 @dataclass(frozen=True)
-class NoiseAscent(Perturbation):
+class NoiseAscent(Mitigation):
     """Initial noise moved away from where the guidance grows, without gradients.
 
     Han et al., NeurIPS 2025 (arXiv 2510.08625), batch-wise: with g = eps_c - eps_u, each iteration
@@ -280,11 +261,11 @@ class NoiseAscent(Perturbation):
     gamma: float = 0.7
     iterations: int = 2
 
-    def begin(self, state, denoiser):
+    def begin(self, state):
         for _ in range(self.iterations):
-            here = _difference(denoiser, state, state.latents, state.conditional)
+            here = _difference(state, state.latents, state.conditional)
             ahead = state.latents + self.rho * here / _norm(here)[:, None, None, None]
-            there = _difference(denoiser, state, ahead, state.conditional)
+            there = _difference(state, ahead, state.conditional)
             state.latents = state.latents - self.gamma * (there - here)
             state.calls = state.calls + 4
 
@@ -293,7 +274,7 @@ class NoiseAscent(Perturbation):
 
 
 @dataclass(frozen=True)
-class SharpnessAwareNoise(Perturbation):
+class SharpnessAwareNoise(Mitigation):
     """SAIL: initial noise where the conditional density is flat.
 
     Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius``
@@ -311,20 +292,14 @@ class SharpnessAwareNoise(Perturbation):
     rate: float = 0.05
     iterations: int = 10
 
-    def begin(self, state, denoiser):
+    def begin(self, state):
         def loss(latents: Tensor) -> Tensor:
-            here = _difference(denoiser, state, latents, state.conditional)
+            here = _difference(state, latents, state.conditional)
             ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
-            return _norm(_difference(denoiser, state, ahead, state.conditional)) + self.pull * _norm(latents)
+            return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
 
-        optimizer = lambda parameters: torch.optim.Adam(parameters, self.rate)  # noqa: E731
+        optimizer = partial(torch.optim.Adam, lr=self.rate)
         state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 4)
 
     def most_predictions(self):
         return 4 * (3 * self.iterations + 1)
-
-
-def combined(*strategies: Strategy) -> Strategy:
-    """The perturbations of all, in order, with the guidance of the last."""
-    perturbations: Sequence[Perturbation] = [p for s in strategies for p in s.perturbations]
-    return Strategy(strategies[-1].guidance, tuple(perturbations))

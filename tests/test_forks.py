@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import close
 from safetensors.torch import save_file
 
 import basinlab
@@ -54,15 +55,14 @@ def test_every_fork_is_the_run_with_that_start(tiny, scheduler, before):
     assert found.latents.shape == (4, len(found.starts), 4, 16, 16)
     for i, start in enumerate(found.starts):
         apart = sample(tiny, StaticTransitionPoint(start, before=before), **options).latents[:, -1]
-        size = max(1.0, float(apart.abs().max()) / 10)  # float32 has seven digits
-        torch.testing.assert_close(found.latents[:, i], apart, atol=1e-4 * size, rtol=0)
+        close(found.latents[:, i], apart)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_batch_size_changes_no_result(tiny, batch_size):
     whole, parts = sweep(tiny), sweep(tiny, batch_size=batch_size)
     assert (parts.prompts, parts.seeds, parts.starts) == (whole.prompts, whole.seeds, whole.starts)
-    torch.testing.assert_close(parts.latents, whole.latents, atol=1e-4, rtol=0)
+    close(parts.latents, whole.latents)
     assert torch.equal(parts.network_calls, whole.network_calls)
 
 
@@ -165,7 +165,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         assert not rows
     finally:
         hook.remove()
-    torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-4, rtol=0)
+    close(resumed.latents, whole.latents)
     for name in ("latents", "guidance_magnitude", "network_calls"):
         torch.testing.assert_close(getattr(again, name), getattr(resumed, name), atol=0, rtol=0)
 
@@ -204,7 +204,7 @@ def test_sampling_from_a_state_of_a_run_ends_where_the_run_does(tiny, step):
     options = {"steps": STEPS, "scheduler": "DDIMScheduler", "progress": False}
     resumed = basinlab.sample_from(tiny, run.prompts, run.latents[:, step], t, ConstantGuidance(3.0), **options)
     assert resumed.timesteps.tolist() == run.timesteps[step:].tolist()
-    torch.testing.assert_close(resumed.latents, run.latents[:, step:], atol=1e-4, rtol=0)
+    close(resumed.latents, run.latents[:, step:])
 
 
 def test_sampling_from_states_names_what_is_wrong(tiny):
@@ -250,6 +250,6 @@ def test_a_kept_block_without_settings_is_refused(tmp_path):
 def test_a_guidance_that_remembers_takes_no_forks_in_on_the_way(tiny):
     rule = basinlab.DynamicTransitionPoint(3.0, latest=100)
     found = sweep(tiny, timesteps(tiny)[:3], after=rule)
-    torch.testing.assert_close(found.latents[:, 0], sample(tiny, rule).latents[:, -1], atol=1e-4, rtol=0)
+    close(found.latents[:, 0], sample(tiny, rule).latents[:, -1])
     alone = sweep(tiny, timesteps(tiny)[2:3], after=rule)  # one start, nothing joins
-    torch.testing.assert_close(found.latents[:, 2], alone.latents[:, 0], atol=1e-4, rtol=0)
+    close(found.latents[:, 2], alone.latents[:, 0])

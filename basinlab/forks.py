@@ -1,0 +1,273 @@
+"""Forks: the steps before the guidance starts are run once, and a copy goes on from every start.
+
+``sweep`` starts the guidance at many timesteps, ``bisect`` looks for the one at which the outcome flips. Each fork is
+the run of `sample` with that start, with the solver's history.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers.guiders import BaseGuidance
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .guidance import ConstantGuidance, describe
+from .models import Denoiser
+from .sampling import (
+    State,
+    begin,
+    blocks,
+    every_pair,
+    fresh,
+    network_calls,
+    new_scheduler,
+    only_guidance,
+    sampling_steps,
+)
+from .store import kept
+
+
+@dataclass
+class Sweep:
+    """B samples, the guidance of each started at F timesteps; prompt-major as a `Trajectory`.
+
+    Attributes:
+        prompts, seeds: B of each.
+        starts: [F] timesteps of the scheduler, falling; 0 stands for never, but see `start_steps`.
+        timesteps: [S].
+        latents: [B, F, C, H, W], the clean latents of each start.
+        guidance_magnitude: [B, S] before the guidance starts, NaN where it was not measured.
+        network_calls: [B], predictions made for all starts together.
+        network_calls_apart: [B], predictions that one run for each start would have made.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> swept = sweep(world, "memorized", [0, 1], starts=[999, 500, 0], steps=10, progress=False)
+    >>> swept.images().shape, swept.network_calls, swept.network_calls_apart
+    (torch.Size([2, 3, 2, 1, 1]), tensor([40, 40]), tensor([45, 45]))
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    starts: list[int]
+    timesteps: Tensor
+    latents: Tensor
+    guidance_magnitude: Tensor
+    network_calls: Tensor
+    network_calls_apart: Tensor
+    denoiser: Denoiser = field(repr=False)
+
+    def __repr__(self) -> str:
+        prompts, shape = len(set(self.prompts)), list(self.latents.shape)
+        return f"Sweep({len(self)} samples of {prompts} prompts, {len(self.starts)} starts, latents {shape})"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def images(self) -> Tensor:
+        """The pictures of every start, [B, F, 3, height, width] in 0..1, decoded at the first call."""
+        if not hasattr(self, "_images"):
+            self._images = self.denoiser.decode(self.latents.flatten(0, 1)).unflatten(0, self.latents.shape[:2])
+        return self._images
+
+
+@dataclass
+class Bisection:
+    """The result of `bisect`: at how many of the ``starts``, from the earliest on, each sample is captured, [B]."""
+
+    prompts: list[str]
+    seeds: list[int]
+    starts: list[int]
+    captured: Tensor
+    network_calls: Tensor
+
+
+def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
+    """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
+
+    A start between two timesteps begins at the later one, of which a warning tells; one below the last timestep is never
+    and becomes 0, with the step after the last. (Where 0 is itself a timestep, it is guidance at that one step.) ``None``
+    is every fourth timestep and never.
+    """
+    times = [int(t) for t in timesteps]
+    given = sorted({int(t) for t in ([*times[::4], 0] if starts is None else starts)}, reverse=True)
+    if not given:
+        raise ValueError("no start times: give at least one, or None for every fourth timestep")
+    if outside := [t for t in given if not 0 <= t < train_timesteps]:
+        raise ValueError(f"start {outside[0]} is outside the schedule: give 0 to {train_timesteps - 1}")
+    steps = {t: next((k for k, time in enumerate(times) if time <= t), len(times)) for t in given}
+    snapped = {t: times[k] if k < len(times) else 0 for t, k in steps.items()}
+    if moved := [f"{t} becomes {s or 'never'}" for t, s in snapped.items() if t != s]:
+        warnings.warn(f"guidance starts at timesteps of the scheduler only: {', '.join(moved)}", stacklevel=3)
+    return {snapped[t]: k for t, k in steps.items()}
+
+
+class _Forks:
+    """The samples of one sweep or bisection, in blocks."""
+
+    def __init__(self, denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure, progress):
+        self.denoiser, self.steps, self.scheduler, self.measure = denoiser, steps, scheduler, measure
+        self.pairs, self.batch_size, self.progress = every_pair(prompts, seeds), batch_size, progress
+        self.before, self.after = only_guidance(before or ConstantGuidance(0.0)), only_guidance(after)
+        if getattr(self.after, "remembers", hasattr(self.after, "momentum_buffer")):
+            name = type(self.after).__name__
+            raise ValueError(f"{name} remembers the steps before, which forks do not share: run `sample` for each start")
+        self.timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.cpu()
+        self.starts = start_steps(starts, self.timesteps, denoiser.train_timesteps)
+        self.first_steps, self.empty = list(self.starts.values()), denoiser.embed([""])
+        calls = network_calls(self.after, self.timesteps)
+        self.calls = [sum(calls[step:]) for step in range(steps + 1)]  # of a fork that begins at a step
+
+    def results(self, folder: str | Path | None, name: str, block: Callable, **settings) -> dict[str, Tensor]:
+        """The results of ``block`` for each ``batch_size`` samples, joined; finished blocks are kept in ``folder``."""
+        if folder is not None:
+            settings |= {"starts": list(self.starts), "before": describe(self.before), "after": describe(self.after)}
+            settings |= {"steps": self.steps, "scheduler": self.scheduler, "measure": self.measure}
+            settings |= self.denoiser.settings()
+        parts = []
+        with tqdm(unit="step", disable=not self.progress) as self.bar:
+            for rows in blocks(range(len(self.pairs)), self.batch_size):
+
+                def make(rows=rows):
+                    return block(rows)
+
+                pairs = [self.pairs[i] for i in rows]
+                parts.append(kept(folder, name, {**settings, "pairs": pairs}, make, ".safetensors"))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def prefix(self, rows: Sequence[int]) -> tuple[dict[int, State], Tensor, Tensor]:
+        """The steps before guidance starts: the state at each start, the magnitude [B, S], the predictions made [B]."""
+        state = begin(self.denoiser, [self.pairs[i] for i in rows], self.empty, self.steps, self.scheduler)
+        magnitude, everyone = torch.full((len(rows), self.steps), torch.nan), range(len(rows))
+        snapshots = {0: state.pick(everyone)} if 0 in self.first_steps else {}
+        last = self.steps if self.measure else max(self.first_steps)
+        walk = sampling_steps(state, fresh(self.before), measure=self.measure)
+        for step, seen in zip(range(last), walk, strict=False):
+            magnitude[:, step] = seen.magnitude
+            if step + 1 in self.first_steps:
+                snapshots[step + 1] = state.pick(everyone)
+            self.bar.update(len(rows))
+        return snapshots, magnitude, state.calls
+
+    def ends(self, snapshots: dict[int, State], forks: Sequence[tuple[int, int]]) -> Tensor:
+        """Clean latents [N, C, H, W] of ``forks``: (row of a snapshot, step at which guidance begins) each.
+
+        Forks go through the network together, and each joins the batch at its own step.
+        """
+        ends = torch.empty(len(forks), *self.denoiser.latent_shape)
+        in_order = sorted(range(len(forks)), key=lambda n: forks[n][1])
+        for part in blocks(in_order, self.batch_size):
+            rows = {step: [row for row, k in (forks[n] for n in part) if k == step] for step in self.first_steps}
+            first = forks[part[0]][1]
+            state = snapshots[first].pick(rows[first])
+            for step, _ in enumerate(sampling_steps(state, fresh(self.after), first), first):
+                self.bar.update(len(state.seeds))
+                if rows.get(step + 1):
+                    state.join(snapshots[step + 1].pick(rows[step + 1]))
+            ends[part] = state.latents.float().cpu()
+        return ends
+
+
+def sweep(
+    denoiser: Denoiser,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    starts: Sequence[int] | None = None,
+    *,
+    before: BaseGuidance | None = None,
+    after: BaseGuidance | None = None,
+    steps: int = 50,
+    scheduler: str | None = None,
+    batch_size: int = 32,
+    measure: bool = False,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
+
+    Args:
+        starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
+        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5. ``after`` may not
+            remember steps, as a dynamic transition point does.
+        batch_size: forks that go through the network together; bounds memory, not results.
+        measure: make both predictions before the start, so that the guidance magnitude is known.
+        folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> sweep(world, "memorized", [0], progress=False).starts
+    [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
+    """
+    forks = _Forks(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure, progress)
+    calls = sum(forks.calls[step] for step in forks.first_steps)
+
+    def block(rows: Sequence[int]) -> dict[str, Tensor]:
+        snapshots, magnitude, made = forks.prefix(rows)
+        latents = forks.ends(snapshots, [(i, step) for i in range(len(rows)) for step in forks.first_steps])
+        shape = (len(rows), len(forks.starts))
+        return {"latents": latents.unflatten(0, shape), "magnitude": magnitude, "calls": made + calls}
+
+    found, one_by_one = forks.results(folder, "sweep", block), network_calls(forks.before, forks.timesteps)
+    apart = torch.full_like(found["calls"], sum(sum(one_by_one[:step]) for step in forks.first_steps) + calls)
+    prompts, seeds = map(list, zip(*forks.pairs, strict=True))
+    results = (found["latents"], found["magnitude"], found["calls"], apart)
+    return Sweep(prompts, seeds, list(forks.starts), forks.timesteps, *results, denoiser)
+
+
+def bisect(
+    denoiser: Denoiser,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    captured: Callable[[Tensor, list[int]], Tensor],
+    starts: Sequence[int] | None = None,
+    *,
+    before: BaseGuidance | None = None,
+    after: BaseGuidance | None = None,
+    steps: int = 50,
+    scheduler: str | None = None,
+    batch_size: int = 32,
+    folder: str | Path | None = None,
+    judged_by: str = "",
+    progress: bool = True,
+) -> Bisection:
+    """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
+
+    Right wherever the outcome is monotone in the start, as `sweep` would show it. Other arguments are those of `sweep`.
+
+    Args:
+        captured: of pictures [N, 3, height, width] and the samples that they are of (N indices, prompt-major), tells
+            which are captured, [N] bool.
+        judged_by: what ``captured`` decides by, in words; needed with ``folder``, whose files depend on it.
+
+    >>> import basinlab
+    >>> world = basinlab.MixtureDenoiser.with_duplicate()
+    >>> def near(points, samples):
+    ...     return basinlab.PlaneDistance().pairs(points, world.duplicate[None])[:, 0] < 1
+    >>> found = bisect(world, "memorized", [0, 1], near, progress=False)
+    >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
+    [440, 360]
+    """
+    if folder is not None and not judged_by:
+        raise ValueError("folder keeps outcomes: say by judged_by what they were judged by")
+    forks = _Forks(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False, progress)
+
+    def block(rows: Sequence[int]) -> dict[str, Tensor]:
+        (snapshots, _, calls), count = forks.prefix(rows), len(rows)
+        # starts before low are known, or taken, to capture; those from high on not to
+        low, high = torch.zeros(count, dtype=torch.long), torch.full((count,), len(forks.starts))
+        while len(rest := (low < high).nonzero().flatten()):
+            middle = (low + high) // 2
+            chosen = [(int(i), forks.first_steps[middle[i]]) for i in rest]
+            pictures = denoiser.decode(forks.ends(snapshots, chosen))
+            inside = torch.as_tensor(captured(pictures, [rows[i] for i in rest]), dtype=torch.bool)
+            low[rest[inside]] = middle[rest[inside]] + 1
+            high[rest[~inside]] = middle[rest[~inside]]
+            calls[rest] += torch.tensor([forks.calls[step] for _, step in chosen])
+        return {"captured": low, "calls": calls}
+
+    found = forks.results(folder, "bisection", block, judged_by=judged_by)
+    prompts, seeds = map(list, zip(*forks.pairs, strict=True))
+    return Bisection(prompts, seeds, list(forks.starts), found["captured"], found["calls"])
