@@ -21,8 +21,9 @@ from torch import Tensor
 
 from . import metrics
 from .basin import estimate_attractor
+from .forks import Sweep
 from .models import Denoiser, data_folder, load, read_pictures
-from .sampling import Sweep, Trajectory
+from .sampling import Trajectory
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
@@ -143,8 +144,8 @@ class Judges:
     """The models that look at a scenario's pictures: a run or a sweep -> one table, a row a sample.
 
     ``distance`` and ``alignment`` are None where their weights are missing, and ``notices`` says why. ``references``
-    are the descriptors [K, F] of the K pictures learned with each prompt, ``learned`` [N, F] those of all prompts of the
-    group memorized. ``objects`` are all names of objects in the prompts.
+    are the descriptors [K, F] of the K pictures learned with each prompt, ``learned`` [N, F] those of all prompts of
+    the group memorized. ``objects`` are all names of objects in the prompts.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
@@ -243,3 +244,9 @@ class Judges:
             objects = table["object"].tolist()
             table["object_right"] = metrics.object_right(self.alignment, pictures, objects, self.objects).numpy()
             table["new_and_right"] = table["object_right"] & ~table["copied"]
+
+
+def unseen_scenes() -> tuple[Tensor, list[str]]:
+    """The bundled scenes that no training saw: pictures [B, 3, height, width] and the name of each one's object."""
+    table = pd.read_csv(data_folder() / "unseen" / "metadata.csv")
+    return read_pictures([data_folder() / "unseen" / name for name in table["file_name"]]), table["object"].tolist()

@@ -119,7 +119,7 @@ def test_unknown_table_lists_the_tables_there_are(data):
     (data / "world" / "memorized.csv").write_text("prompt,attractor\na null,attractors/x.png\n")
     with pytest.raises(ValueError, match=r"no table 'memorised'.*it has \['memorized'\]"):
         basinlab.read_prompts("world", "memorised")
-    table = basinlab.read_prompts("world", "memorized")
+    table = basinlab.scenarios.read("world").table()
     assert table.loc[0].tolist() == ["a null", str(data / "world" / "attractors" / "x.png")]
 
 
