@@ -254,7 +254,7 @@ def load(
     ((4, 16, 16), torch.Size([1, 32, 128]))
     """
     try:
-        torch.empty(0, device=device, dtype=dtype)
+        torch.empty(0, device=device, dtype=dtype).sin_()
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
     own = _folder(str(name))
@@ -283,7 +283,7 @@ def _folder(name: str) -> Path:
         index = None
     if isinstance(index, str):
         return Path(index).parent
-    known = sorted({path.parent.name for path in data_folder().glob("*/scenario.json")})
+    known = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
         f"no checkpoint {name!r}: it is no folder, none of the bundled {known} in {data_folder()}, and not in the Hugging "
         f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
@@ -293,8 +293,8 @@ def _folder(name: str) -> Path:
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
     """The folder of ``own``'s pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
-    scenario = own / "scenario.json"
-    settings = json.loads(scenario.read_text()) if scenario.exists() else {}
+    files = [own / name for name in ("base.json", "scenario.json") if (own / name).exists()]
+    settings = json.loads(files[0].read_text()) if files else {}
     if "base" not in settings:
         return own, unet
     folder = own.parent / settings["base"]
@@ -418,7 +418,7 @@ def known_names() -> list[str]:
     >>> known_names()
     ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
     """
-    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
+    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/unet")]
     return sorted({path.parent.name for path in found})
 
 
