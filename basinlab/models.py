@@ -252,7 +252,7 @@ def load(
     ((4, 16, 16), torch.Size([1, 32, 128]))
     """
     try:
-        torch.empty(0, device=device, dtype=dtype)
+        torch.empty(0, device=device, dtype=dtype).sin_()
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
     own = _folder(str(name))
@@ -281,7 +281,7 @@ def _folder(name: str) -> Path:
         index = None
     if isinstance(index, str):
         return Path(index).parent
-    known = sorted(p.parent.name for name in ("model_index", "base") for p in data_folder().glob(f"*/{name}.json"))
+    known = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
         f"no checkpoint {name!r}: it is no folder, none of the bundled {known} in {data_folder()}, and not in the Hugging "
         f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
@@ -400,10 +400,3 @@ def read_pictures(paths: Sequence[str | Path]) -> Tensor:
         with Image.open(path) as picture:
             found.append(to_tensor(picture.convert("RGB")))
     return torch.stack(found)
-
-
-# Of the bundled world, until scenarios.py has them
-
-
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-RESTORE = "restore that folder, for a bundled one with `git checkout -- data`"
