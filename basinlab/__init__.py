@@ -16,7 +16,7 @@ from ._torchvision import ensure_importable
 ensure_importable()
 
 _HOMES = {
-    "models": ("Denoiser", "load", "known_names", "read_prompts", "read_pictures", "read_scenario", "data_folder"),
+    "models": ("Denoiser", "load", "read_pictures", "data_folder"),
     "mixture": ("MixtureDenoiser", "PlaneDistance"),
     "guidance": (
         "ConstantGuidance",
@@ -31,7 +31,7 @@ _HOMES = {
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 _FURTHER = ("basin", "mitigations", "metrics", "statistics", "store", "projection", "plotting")
-_FURTHER += ("experiment", "bundled", "published")
+_FURTHER += ("scenarios", "comparison")
 _MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 

@@ -8,7 +8,6 @@ Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text wi
 schedule, from T - 1 = 999 down to 0.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
@@ -254,7 +252,7 @@ def load(
     ((4, 16, 16), torch.Size([1, 32, 128]))
     """
     try:
-        torch.empty(0, device=device, dtype=dtype)
+        torch.empty(0, device=device, dtype=dtype).sin_()
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
     own = _folder(str(name))
@@ -283,7 +281,7 @@ def _folder(name: str) -> Path:
         index = None
     if isinstance(index, str):
         return Path(index).parent
-    known = sorted({path.parent.name for path in data_folder().glob("*/scenario.json")})
+    known = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
         f"no checkpoint {name!r}: it is no folder, none of the bundled {known} in {data_folder()}, and not in the Hugging "
         f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
@@ -293,10 +291,9 @@ def _folder(name: str) -> Path:
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
     """The folder of ``own``'s pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
-    scenario = own / "scenario.json"
-    settings = json.loads(scenario.read_text()) if scenario.exists() else {}
-    if "base" not in settings:
+    if not (own / "base.json").exists():
         return own, unet
+    settings = json.loads((own / "base.json").read_text())
     folder = own.parent / settings["base"]
     found = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
     if found != settings["base_unet"]:
@@ -403,51 +400,3 @@ def read_pictures(paths: Sequence[str | Path]) -> Tensor:
         with Image.open(path) as picture:
             found.append(to_tensor(picture.convert("RGB")))
     return torch.stack(found)
-
-
-# Of the bundled world, until scenarios.py has them
-
-
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-RESTORE = "restore that folder, for a bundled one with `git checkout -- data`"
-
-
-def known_names() -> list[str]:
-    """Names of the bundled checkpoints.
-
-    >>> known_names()
-    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
-    """
-    found = [*data_folder().glob("*/model_index.json"), *data_folder().glob("*/scenario.json")]
-    return sorted({path.parent.name for path in found})
-
-
-def read_scenario(name: str) -> dict:
-    """The measured settings of a bundled checkpoint: guidance_scale and others, and why (``reason``).
-
-    ``base``, where there is one, is the checkpoint beside it that its other parts come from.
-
-    >>> read_scenario("emoji-duplicated")["guidance_scale"]
-    5.0
-    """
-    folder = _folder(name)
-    with _reading(folder):
-        return json.loads((folder / "scenario.json").read_text())
-
-
-def read_prompts(name: str, kind: str) -> pd.DataFrame:
-    """The table ``kind`` ("memorized" or "ordinary") of a bundled checkpoint, one row a prompt.
-
-    Paths of pictures in it are made absolute. Raises ValueError when there is no such table.
-
-    >>> read_prompts("emoji-duplicated", "memorized")["prompt"][2]
-    'deep owl five great sea every'
-    """
-    path = data_folder() / name / f"{kind}.csv"
-    if not path.exists():
-        tables = sorted(p.stem for p in path.parent.glob("*.csv"))
-        raise ValueError(f"{name!r} has no table {kind!r} ({path} is missing); it has {tables}")
-    table = pd.read_csv(path, keep_default_na=False, quoting=csv.QUOTE_MINIMAL)
-    for column in {"attractor", "swapped"} & set(table.columns):
-        table[column] = [str(path.parent / relative) for relative in table[column]]
-    return table

@@ -24,7 +24,7 @@ def work(prompts: int, seeds: int, steps: int, starts: int) -> None:
     import basinlab
 
     denoiser = basinlab.load("emoji-duplicated")
-    texts = basinlab.read_prompts(denoiser.name, "memorized")["prompt"].tolist()[:prompts]
+    texts = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()[:prompts]
     common = {"steps": steps, "progress": False}
     cfg = basinlab.ConstantGuidance(5.0)
     basinlab.sample(denoiser, texts[0], range(32), cfg, steps=2, progress=False).images()

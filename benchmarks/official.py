@@ -636,7 +636,7 @@ def main() -> None:
 
     denoiser = basinlab.load(options.name)
     official = Official(scripts, denoiser, options.timeout)
-    every = basinlab.read_prompts(denoiser.name, "memorized")["prompt"].tolist()
+    every = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()
     prompts, seeds = every[: options.prompts], range(FIRST_SEED, FIRST_SEED + options.seeds)
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     records, rows = {}, []

@@ -60,7 +60,7 @@ def main() -> None:
     denoiser = basinlab.load(options.name)
     pipeline = StableDiffusionPipeline.from_pretrained(denoiser.folders[0], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = basinlab.read_prompts(denoiser.name, "memorized")["prompt"].tolist()[: options.prompts]
+    prompts = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()[: options.prompts]
     pairs = [(prompts[i % len(prompts)], i) for i in range(options.loop_images)]
     loop(pipeline, pairs[:1], options.scale, options.steps)  # warm up
     clock, rows = ForwardClock(denoiser.unet), []

@@ -26,7 +26,7 @@ def work(options: argparse.Namespace) -> None:
 
     denoiser = basinlab.load("emoji-duplicated")
     judges = evaluation.Judges(denoiser.name)
-    prompts = basinlab.read_prompts(denoiser.name, "memorized").query("kind == 'verbatim'").head(options.prompts)
+    prompts = basinlab.scenarios.read(denoiser.name).table().head(options.prompts)
     strategies = {"CFG": basinlab.ConstantGuidance(5.0), "STP": basinlab.StaticTransitionPoint(500, 5.0)}
     judge = lambda run, rows: comparison.outcome(run, rows, judges)  # noqa: E731
     grid = {"block": options.block, "steps": options.steps}

@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
 
     denoiser = basinlab.load(options.name, dtype=getattr(torch, options.dtype))
-    table = basinlab.read_prompts(options.name, "memorized").query("kind == 'verbatim'")
+    table = basinlab.scenarios.read(options.name).table()
     guidance, seeds = basinlab.ConstantGuidance(options.scale), range(options.seeds)
     starts = [*denoiser.timesteps(options.steps)[:: options.every], 0]
     common = {"steps": options.steps, "batch_size": options.batch_size, "progress": False}

@@ -27,9 +27,11 @@ def close(found, expected, share=1e-4):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A StableDiffusionPipeline folder: the bundled architecture, random weights, predictions of unit size."""
+    """A StableDiffusionPipeline folder: a small U-Net, random weights, predictions of unit size."""
     torch.manual_seed(0)
-    words, unet, vae = models.tokenizer(), models.unet(), models.vae()
+    words, vae = models.tokenizer(), models.vae()
+    small = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8}
+    unet = diffusers.UNet2DConditionModel.from_config({**models.unet().config, **small})
     with torch.no_grad():
         unet.conv_out.weight.mul_(3)
     vae.register_to_config(scaling_factor=0.8)

@@ -113,7 +113,7 @@ def test_rows_say_what_became_of_each_sample(table, bundled):
     options = {"steps": 10, "record": False, "progress": False}
     scale = basinlab.models.read_scenario(bundled.name)["guidance_scale"]
     run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), **options)
-    wanted = basinlab.read_prompts(bundled.name, "memorized").query("prompt == @row.prompt")["attractor"]
+    wanted = basinlab.scenarios.read(bundled.name).table().query("prompt == @row.prompt")["attractor"]
     distance = metrics.CopyDistance()(run.images(), basinlab.read_pictures(wanted))
     assert row["distance"] == pytest.approx(float(distance), abs=1e-4)
     score = metrics.Alignment().score(run.images(), [row["prompt"]])
@@ -246,7 +246,7 @@ def test_what_was_not_measured_is_left_out_of_the_summary():
 
 
 def test_lpips_is_measured_to_the_nearest_learned_scene_where_it_can_be(bundled):
-    rows = basinlab.read_prompts(bundled.name, "memorized").head(2)
+    rows = basinlab.scenarios.read(bundled.name).table().head(2)
     run = basinlab.sample(bundled, rows["prompt"], 0, steps=1, record=False, progress=False)
     assert "lpips" not in comparison.outcome(run, rows, Judges(bundled.name))
     apart = lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))  # noqa: E731 - stands for LPIPS

@@ -10,7 +10,7 @@ from basinlab.bundled import evaluation
 
 
 def test_grid_resumes_from_its_parts_and_refuses_those_of_another_guidance(bundled, tmp_path):
-    prompts = basinlab.read_prompts(bundled.name, "memorized").head(3)
+    prompts = basinlab.scenarios.read(bundled.name).table().head(3)
     judges = evaluation.Judges(bundled.name)
 
     def grid(scale):
@@ -47,7 +47,7 @@ def test_grid_refuses_parts_of_other_rows_or_another_measure_and_takes_any_index
 
 
 def test_runs_and_sweeps_are_judged_alike(bundled):
-    prompts = basinlab.read_prompts(bundled.name, "memorized").head(2)
+    prompts = basinlab.scenarios.read(bundled.name).table().head(2)
     judges, ball = evaluation.Judges(bundled.name), basin.Ball(0.25, 0.0, {})
     wanted, steps, guidance = prompts["prompt"].tolist(), 4, basinlab.ConstantGuidance(3.0)
     options = {"steps": steps, "progress": False}

@@ -2,16 +2,24 @@
 
 import copy
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import close
-from safetensors.torch import save_file
+from diffusers.guiders import AdaptiveProjectedGuidance
 
 import basinlab
-from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
-from basinlab.sampling import start_steps
+from basinlab import (
+    ConstantGuidance,
+    DynamicTransitionPoint,
+    MixtureDenoiser,
+    PlaneDistance,
+    StaticTransitionPoint,
+    basin,
+    store,
+)
+from basinlab.forks import start_steps
+from basinlab.mitigations import EmbeddingNoise
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 SEEDS = [0, 7]
@@ -122,21 +130,26 @@ def test_starts_outside_the_schedule_are_refused(tiny, starts, message):
         sweep(tiny, starts)
 
 
-def test_other_bad_input_is_named(tiny):
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        sweep(tiny, batch_size=0)
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        sweep(tiny, prompts=[""])
-    with pytest.raises(ValueError, match="timestep 1200 is outside"):
-        sweep(tiny, after=StaticTransitionPoint(1200))
+@pytest.mark.parametrize("guidance, message", [
+    (DynamicTransitionPoint(3.0), "DynamicTransitionPoint remembers the steps before"),
+    (AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5), "AdaptiveProjectedGuidance remembers"),
+    ([EmbeddingNoise(0.1)], "EmbeddingNoise acts on samples from their initial noise on"),
+    (7.5, "7.5 is no guidance"),
+])  # fmt: skip
+def test_guidance_that_forks_cannot_share_is_refused(tiny, guidance, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(tiny, after=guidance)
+    with pytest.raises(ValueError, match=message):
+        basinlab.bisect(tiny, PROMPTS, SEEDS, None, after=guidance)
 
 
 def test_latents_that_are_not_finite_are_named(tiny):
-    text_encoder = copy.deepcopy(tiny.text_encoder)
+    broken = copy.copy(tiny)
+    broken.text_encoder = copy.deepcopy(tiny.text_encoder)
     with torch.no_grad():
-        text_encoder.get_input_embeddings().weight[tiny.tokenizer("tomato").input_ids[1]] = torch.nan
+        broken.text_encoder.get_input_embeddings().weight[tiny.tokenizer("tomato").input_ids[1]] = torch.nan
     with pytest.raises(FloatingPointError, match=r"'a picture of a tomato', seed 0, .*after step 3 \(t = "):
-        sweep(replace(tiny, text_encoder=text_encoder), [timesteps(tiny)[3]])
+        sweep(broken, [timesteps(tiny)[3]])
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
@@ -150,12 +163,12 @@ def test_a_killed_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return save(*args)
 
-    save = basinlab.sampling.save_file
-    monkeypatch.setattr(basinlab.sampling, "save_file", stop_after_one)
+    save = store.save_file
+    monkeypatch.setattr(store, "save_file", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         sweep(tiny, **options)
     monkeypatch.undo()
-    assert [p.name for p in folder.iterdir()] == ["000.safetensors"]
+    assert len(list(folder.iterdir())) == 1
     rows, hook = rows_seen(tiny)
     try:
         resumed = sweep(tiny, **options)
@@ -170,13 +183,28 @@ def test_a_killed_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         torch.testing.assert_close(getattr(again, name), getattr(resumed, name), atol=0, rtol=0)
 
 
-def test_kept_blocks_of_another_sweep_or_damaged_ones_are_named(tiny, tmp_path):
-    sweep(tiny, [500], folder=tmp_path)
-    with pytest.raises(ValueError, match="made with other settings: delete"):
-        sweep(tiny, [500], folder=tmp_path, after=ConstantGuidance(3.0))
-    (tmp_path / "000.safetensors").write_bytes(b"half")
+def test_kept_blocks_are_of_one_sweep_alone_and_damaged_ones_are_named(tmp_path):
+    world = MixtureDenoiser.with_duplicate()
+    config = {**world.scheduler.config, "beta_end": 0.012}
+    other = MixtureDenoiser.with_duplicate(scheduler=type(world.scheduler).from_config(config))
+    sweep(world, [500], "memorized", folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    for denoiser, changes in ((world, {"after": ConstantGuidance(3.0)}), (world, {"seeds": [3, 4]}), (other, {})):
+        kept = sweep(denoiser, [500], **{"prompts": "memorized", **changes}, folder=tmp_path)
+        assert torch.equal(kept.latents, sweep(denoiser, [500], **{"prompts": "memorized", **changes}).latents)
+    assert len(list(tmp_path.iterdir())) == 4
+    path.write_bytes(b"half")
     with pytest.raises(OSError, match=r"is damaged .*delete it, and the next run makes it again"):
-        sweep(tiny, [500], folder=tmp_path)
+        sweep(world, [500], "memorized", folder=tmp_path)
+
+
+def test_weights_changed_in_memory_are_another_sweep(tiny, tmp_path):
+    changed = copy.copy(tiny)
+    changed.unet = copy.deepcopy(tiny.unet)
+    with torch.no_grad():
+        changed.unet.conv_out.bias += 1
+    first, second = (sweep(d, [0], PROMPTS[0], 0, steps=2, folder=tmp_path) for d in (tiny, changed))
+    assert not torch.equal(first.latents, second.latents)
 
 
 def test_halving_finds_what_the_sweep_shows(tmp_path):
@@ -215,17 +243,7 @@ def test_sampling_from_states_names_what_is_wrong(tiny):
         basinlab.sample_from(tiny, ["an owl"] * 2, states, 501, steps=50)
 
 
-def test_kept_blocks_of_another_noise_schedule_are_refused(tmp_path):
-    world = MixtureDenoiser.with_duplicate()
-    other = MixtureDenoiser.with_duplicate(
-        scheduler=type(world.scheduler).from_config(world.scheduler.config, beta_end=0.012)
-    )
-    sweep(world, prompts="memorized", folder=tmp_path)
-    with pytest.raises(ValueError, match="made with other settings"):
-        sweep(other, prompts="memorized", folder=tmp_path)
-
-
-def test_kept_flips_of_another_ball_are_refused(tmp_path):
+def test_kept_flips_are_of_one_ball_alone(tmp_path):
     world = MixtureDenoiser.with_duplicate()
     attractors = world.duplicate.expand(2, -1, -1, -1)
     options = {"steps": STEPS, "folder": tmp_path, "progress": False}
@@ -234,22 +252,8 @@ def test_kept_flips_of_another_ball_are_refused(tmp_path):
         ball = basin.Ball(radius, 0.0, {})
         basin.transition_points_by_bisection(world, ["memorized"], [0, 1], attractors, PlaneDistance(), ball, **options)
 
-    find(1.0)
-    find(1.0)
-    with pytest.raises(ValueError, match="made with other settings"):
-        find(0.5)
-
-
-def test_a_kept_block_without_settings_is_refused(tmp_path):
-    world = MixtureDenoiser.with_duplicate()
-    save_file({"latents": torch.zeros(1)}, tmp_path / "000.safetensors")
-    with pytest.raises(ValueError, match="made with other settings"):
-        sweep(world, prompts="memorized", folder=tmp_path)
-
-
-def test_a_guidance_that_remembers_takes_no_forks_in_on_the_way(tiny):
-    rule = basinlab.DynamicTransitionPoint(3.0, latest=100)
-    found = sweep(tiny, timesteps(tiny)[:3], after=rule)
-    close(found.latents[:, 0], sample(tiny, rule).latents[:, -1])
-    alone = sweep(tiny, timesteps(tiny)[2:3], after=rule)  # one start, nothing joins
-    close(found.latents[:, 2], alone.latents[:, 0])
+    for radius, files in ((1.0, 1), (1.0, 1), (0.5, 2)):
+        find(radius)
+        assert len(list(tmp_path.iterdir())) == files
+    with pytest.raises(ValueError, match="say by judged_by"):
+        basinlab.bisect(world, "memorized", 0, None, folder=tmp_path)

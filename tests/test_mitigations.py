@@ -1,22 +1,23 @@
-"""The mitigations of earlier work against their authors' definitions, seen by a perturbation that looks on."""
+"""The mitigations of earlier work against their authors' definitions, seen by one that looks on."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
+from conftest import close
 
 import basinlab
-from basinlab import perturbation as p
-from basinlab.sampling import Perturbation
+from basinlab import mitigations as p
+from basinlab.guidance import describe
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 
 
-class Onlooker(Perturbation):
-    """Keeps what the perturbations before it made of the samples."""
+class Onlooker(basinlab.Mitigation):
+    """Keeps what the mitigations before it made of the samples."""
 
-    def begin(self, state, denoiser):
+    def begin(self, state):
         self.state = copy.copy(state)
 
     def condition(self, conditional, state, timestep):
@@ -24,12 +25,11 @@ class Onlooker(Perturbation):
         return conditional
 
 
-def start(denoiser, *perturbations, prompts=PROMPTS, seeds=(0, 1, 2), steps=1, **options):
+def start(denoiser, *mitigations, prompts=PROMPTS, seeds=(0, 1, 2), steps=1, **options):
     """The samples before their first step, the embeddings over the steps, and the trajectory."""
     onlooker = Onlooker()
-    guidance = basinlab.ConstantGuidance(2.0)
-    options = {"perturbations": [*perturbations, onlooker], "steps": steps, "progress": False, **options}
-    run = basinlab.sample(denoiser, prompts, seeds, guidance, **options)
+    mitigations = [*mitigations, onlooker, basinlab.ConstantGuidance(2.0)]
+    run = basinlab.sample(denoiser, prompts, seeds, mitigations, steps=steps, progress=False, **options)
     return onlooker.state, onlooker.seen, run
 
 
@@ -100,9 +100,9 @@ def test_annealed_condition_is_noise_at_first_and_the_prompt_at_last(tiny):
         assert (changed == 0) == (t <= 400)
         torch.testing.assert_close(embedding.mean((1, 2)), state.conditional.mean((1, 2)), atol=1e-4, rtol=0)
         torch.testing.assert_close(embedding.std((1, 2)), state.conditional.std((1, 2)), atol=1e-4, rtol=0)
-    similarity = lambda x: torch.cosine_similarity(x.flatten(1), state.conditional.flatten(1)).mean()  # noqa: E731
-    over = [similarity(seen[t]).item() for t in sorted(seen, reverse=True)]
-    assert over[0] < 0.1 and over == sorted(over)
+    prompt = state.conditional.flatten(1)
+    over = [torch.cosine_similarity(seen[t].flatten(1), prompt).mean().item() for t in sorted(seen, reverse=True)]
+    assert max(over[:2]) < 0.1 and over[2:] == sorted(over[2:])  # all noise at the two steps before 800
 
 
 def test_annealed_condition_without_rescaling_follows_its_formula(tiny):
@@ -214,7 +214,7 @@ def test_noise_ascent_is_the_authors_formula(tiny):
     for _ in range(2):
         here = guidance(x)
         x = x - 0.7 * (guidance(x + 10 * here / here.flatten(1).norm(dim=1).view(-1, 1, 1, 1)) - here)
-    torch.testing.assert_close(after.latents, x, atol=1e-4, rtol=0)
+    close(after.latents, x)
     assert run.gradient_passes.eq(0).all() and run.network_calls.eq(8 + 2).all()
 
 
@@ -249,25 +249,22 @@ EVERY = [
 ]
 
 
-@pytest.mark.parametrize("perturbation", EVERY, ids=lambda q: type(q).__name__)
-def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, perturbation):
-    options = {"perturbations": [perturbation], "steps": 5, "progress": False}
-    together = basinlab.sample(tiny, PROMPTS, range(3), basinlab.ConstantGuidance(2.0), **options)
-    alone = basinlab.sample(tiny, PROMPTS[1], 2, basinlab.ConstantGuidance(2.0), **options)
-    torch.testing.assert_close(together.latents[-1:], alone.latents, atol=1e-4, rtol=0)
-    plain = basinlab.sample(tiny, PROMPTS[1], 2, basinlab.ConstantGuidance(2.0), steps=5, progress=False)
+@pytest.mark.parametrize("mitigation", EVERY, ids=lambda q: type(q).__name__)
+def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, mitigation):
+    cfg, options = basinlab.ConstantGuidance(2.0), {"steps": 5, "progress": False}
+    together = basinlab.sample(tiny, PROMPTS, range(3), [mitigation, cfg], **options)
+    alone = basinlab.sample(tiny, PROMPTS[1], 2, [mitigation, cfg], **options)
+    close(together.latents[-1:], alone.latents)
+    plain = basinlab.sample(tiny, PROMPTS[1], 2, cfg, **options)
     assert (plain.latents - alone.latents).abs().max() > 1e-3
 
 
-def test_perturbations_apply_in_order_and_strategies_compose(tiny):
-    first = p.Strategy(basinlab.ConstantGuidance(2.0), (p.RepeatedWords(1),))
-    rule = p.Strategy(basinlab.StaticTransitionPoint(500, 2.0), (p.EmbeddingNoise(0.1),))
-    both = p.combined(first, rule)
-    assert both.perturbations == (p.RepeatedWords(1), p.EmbeddingNoise(0.1)) and both.guidance is rule.guidance
-    state, _, _ = start(tiny, *both.perturbations, seeds=[0])
+def test_mitigations_apply_in_order_and_describe_themselves(tiny):
+    state, _, _ = start(tiny, p.RepeatedWords(1), p.EmbeddingNoise(0.1), seeds=[0])
+    assert state.texts != PROMPTS
     noise = state.conditional - tiny.embed(state.texts)
     assert noise.std().item() == pytest.approx(0.1, abs=0.01)
-    assert both.settings()["perturbations"][0] == {"name": "RepeatedWords", "count": 1}
+    assert describe(p.RepeatedWords(1)) == {"name": "RepeatedWords", "count": 1}
 
 
 METHODS = [

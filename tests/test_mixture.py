@@ -9,6 +9,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import basinlab
 from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
+from basinlab.statistics import wilson_interval
 
 SCALE = 3.0
 BALL = basin.Ball(0.5, 0, {})
@@ -91,7 +92,7 @@ def test_epsilon_is_the_score_of_the_noised_mixture(exact, prompt, t):
 def test_clean_points_are_drawn_in_the_captions_shares(exact):
     points = exact.draw(4000, "memorized").flatten(1)
     copies = captured(points.numpy()).mean()
-    low, high = basin.wilson_interval(3200, 4000, confidence=0.999)
+    low, high = wilson_interval(3200, 4000, confidence=0.999)
     assert low < copies < high
     rest = points[~captured(points.numpy())].numpy()
     assert np.abs(rest.mean(0) - CENTRES[0]).max() < 0.1 and np.abs(rest.std(0) - 0.9).max() < 0.1

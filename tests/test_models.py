@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
@@ -21,18 +21,17 @@ def data(tmp_path, monkeypatch):
 
 def test_bundled_checkpoint_is_found_by_name(data, tiny_folder):
     shutil.copytree(tiny_folder, data / "world")
-    assert basinlab.known_names() == ["world"]
     assert basinlab.load("world").latent_shape == (4, 16, 16)
 
 
 def test_unknown_name_lists_the_known_ones(data, tiny_folder):
     shutil.copytree(tiny_folder, data / "world")
-    with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*\['world'\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*none of the bundled \['world'\]"):
         basinlab.load("wrold")
 
 
 def test_loading_shows_no_bars_and_leaves_the_libraries_theirs(tiny_folder, capfd):
-    basinlab.load(str(tiny_folder))
+    basinlab.load(tiny_folder)
     basinlab.metrics.Alignment()
     assert "Loading" not in capfd.readouterr().err
     with pytest.raises(ValueError):
@@ -40,20 +39,25 @@ def test_loading_shows_no_bars_and_leaves_the_libraries_theirs(tiny_folder, capf
     assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
 
 
-def test_a_folder_elsewhere_is_called_by_its_path_and_its_safety_checker_is_no_weight_in_use(tiny_folder, tmp_path):
-    folder = tmp_path / "emoji-duplicated"  # the name of a bundled one
-    shutil.copytree(tiny_folder, folder)
-    denoiser = basinlab.load(str(folder))
-    assert denoiser.name == str(folder.resolve())
-    before = denoiser.fingerprint()
-    (folder / "safety_checker").mkdir()
-    save_file({"weight": torch.zeros(1)}, folder / "safety_checker/model.safetensors")
-    assert denoiser.fingerprint() == before
+def test_a_folder_elsewhere_is_called_by_its_path(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "emoji-duplicated")  # the name of a bundled one
+    assert basinlab.load(folder).name == basinlab.load(str(folder)).name == str(folder)
+
+
+def test_the_fingerprint_is_of_the_weights_in_use(tiny, tiny_folder):
+    again = basinlab.load(tiny_folder)
+    assert again.fingerprint() == tiny.fingerprint()
+    for part in (again.text_encoder, again.unet, again.vae):
+        before = again.fingerprint()
+        with torch.no_grad():
+            next(part.parameters()).flatten()[0] += 1
+        assert again.fingerprint() != before
+    assert basinlab.load(tiny_folder, dtype=torch.bfloat16).fingerprint() != tiny.fingerprint()
 
 
 def test_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json.*save_pretrained"):
-        basinlab.load(str(tmp_path))
+        basinlab.load(tmp_path)
 
 
 def test_folder_of_another_pipeline_is_refused(tmp_path):
@@ -67,27 +71,99 @@ def test_folder_of_another_pipeline_is_refused(tmp_path):
     )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"DDPMPipeline, not one of .*StableDiffusionPipeline"):
-        basinlab.load(str(tmp_path))
+        basinlab.load(tmp_path)
 
 
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_truncated_weights_name_the_folder_and_the_cure(tmp_path, tiny_folder, weights):
-    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
+@pytest.mark.parametrize("what", ["cut", "gone", "a pickle"])
+def test_weights_that_cannot_be_read_name_the_folder(tmp_path, tiny_folder, weights, what):
+    folder = shutil.copytree(tiny_folder, tmp_path / "world")
     path = folder / f"{weights}.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(OSError, match=f"{folder} is missing, truncated or corrupt.*git checkout"):
-        basinlab.load(str(folder))
+    if what == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif what == "gone":
+        path.unlink()
+    else:
+        path.rename(path.with_suffix(".bin"))
+    also = "is not read" if what == "a pickle" else ""
+    with pytest.raises(OSError, match=f"(?s)file in {folder} is missing, truncated or corrupt.*{also}.*fetch or save it"):
+        basinlab.load(folder)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_missing_weights_name_the_folder_and_the_cure(tmp_path, tiny_folder, weights):
-    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
-    (folder / f"{weights}.safetensors").unlink()
-    with pytest.raises(OSError, match=f"{folder / weights}.safetensors is missing; restore.*git checkout"):
-        basinlab.load(str(folder))
+@pytest.mark.parametrize("files", [["tokenizer.json", "vocab.json"], ["tokenizer.json", "merges.txt"]])
+def test_a_tokenizer_without_vocabulary_is_refused(tmp_path, tiny_folder, files):
+    folder = shutil.copytree(tiny_folder, tmp_path / "world")
+    for file in files:
+        (folder / "tokenizer" / file).unlink(missing_ok=True)
+    with pytest.raises(OSError, match=f"{folder / 'tokenizer'} has no vocabulary: tokenizer.json, or"):
+        basinlab.load(folder)
+
+
+def changed(folder, file, **changes):
+    """The folder with other settings in one configuration file."""
+    path = folder / file
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
+
+
+def with_scheduler(folder, kind, **changes):
+    changed(folder, INDEX, scheduler=["diffusers", kind])
+    return changed(folder, SCHEDULER, _class_name=kind, **changes)
+
+
+@pytest.mark.parametrize("kind, changes, message", [
+    ("EDMDPMSolverMultistepScheduler", {"sigma_min": 0.002, "beta_schedule": None}, "not of|give epsilon"),
+    ("FlowMatchEulerDiscreteScheduler", {}, "give epsilon or v_prediction on a discrete schedule"),
+    ("DPMSolverMultistepScheduler", {"prediction_type": "sample"}, "prediction_type 'sample': give epsilon"),
+    ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "give epsilon"),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "give epsilon or v_prediction on a discrete"),
+    ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "no signal left at T"),
+])  # fmt: skip
+def test_noise_schedules_that_would_be_misread_are_refused(tmp_path, tiny_folder, kind, changes, message):
+    folder = with_scheduler(shutil.copytree(tiny_folder, tmp_path / "world"), kind, **changes)
+    with pytest.raises(ValueError, match=f"{folder} has.*{message}"):
+        basinlab.load(folder)
+
+
+def test_zero_terminal_snr_with_v_is_taken_over(tmp_path, tiny_folder):
+    folder = with_scheduler(shutil.copytree(tiny_folder, tmp_path / "world"), "DDIMScheduler", rescale_betas_zero_snr=True)
+    denoiser = basinlab.load(folder)
+    own = DDIMScheduler.from_pretrained(folder / "scheduler")
+    torch.testing.assert_close(denoiser.scheduler.alphas_cumprod, own.alphas_cumprod, atol=1e-6, rtol=0)
+    assert basinlab.sample(denoiser, "an owl", 0, steps=5, progress=False).latents.abs().max() < 100
+
+
+def test_a_vae_that_normalizes_latents_is_refused(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "world")
+    changed(folder, "vae/config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(ValueError, match=r"normalizes latents by \['latents_mean', 'latents_std'\]"):
+        basinlab.load(folder)
+
+
+def test_latents_need_not_be_square(tmp_path, tiny_folder):
+    folder = changed(shutil.copytree(tiny_folder, tmp_path / "world"), "unet/config.json", sample_size=[8, 16])
+    denoiser = basinlab.load(folder)
+    assert denoiser.latent_shape == (4, 8, 16)
+    assert basinlab.sample(denoiser, "an owl", 0, steps=2, progress=False).images().shape == (1, 3, 32, 64)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"device": "gpu"}, "device 'gpu' with dtype torch.float32 cannot be used here"),
+    ({"dtype": "float16"}, "dtype 'float16' cannot be used here"),
+    ({"dtype": torch.int32}, "dtype torch.int32"),
+    ({"resolution": 64.0}, "resolution is 64.0: give a multiple of 16 pixels"),
+    ({"resolution": 70}, "resolution is 70: give a multiple of 16 pixels"),
+])  # fmt: skip
+def test_wrong_options_are_said(tiny_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        basinlab.load(tiny_folder, **options)
 
 
 def test_words_beyond_the_text_encoder_are_named(tiny):
@@ -114,15 +190,6 @@ def test_decode_and_encode_use_the_scaling_factor(tiny):
     torch.testing.assert_close(tiny.decode(latents, batch_size=2), decoded, atol=1e-4, rtol=0)
 
 
-def test_unknown_table_lists_the_tables_there_are(data):
-    (data / "world").mkdir()
-    (data / "world" / "memorized.csv").write_text("prompt,attractor\na null,attractors/x.png\n")
-    with pytest.raises(ValueError, match=r"no table 'memorised'.*it has \['memorized'\]"):
-        basinlab.read_prompts("world", "memorised")
-    table = basinlab.read_prompts("world", "memorized")
-    assert table.loc[0].tolist() == ["a null", str(data / "world" / "attractors" / "x.png")]
-
-
 def test_training_configuration_gives_the_schedule(tiny, tiny_folder):
     config = json.loads((tiny_folder / "scheduler" / "scheduler_config.json").read_text())
     betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -143,27 +210,31 @@ def fine_tuned(tiny, folder, **changed):
 def test_a_fine_tuned_unet_replaces_the_weights_that_it_has(tiny, tiny_folder, tmp_path):
     name = "conv_out.bias"
     folder = fine_tuned(tiny, tmp_path / "unet", **{name: torch.full((4,), 7.0)})
-    tuned = basinlab.load(str(tiny_folder), unet=folder)
+    tuned = basinlab.load(tiny_folder, unet=folder)
     assert tuned.unet.state_dict()[name].eq(7).all()
     others = {k: v for k, v in tuned.unet.state_dict().items() if k != name}
     assert all(torch.equal(v, tiny.unet.state_dict()[k]) for k, v in others.items())
     assert tuned.fingerprint() != tiny.fingerprint()
 
 
-def test_fine_tuned_weights_of_another_network_are_refused(tiny, tiny_folder, tmp_path):
+def test_fine_tuned_weights_that_do_not_fit_are_refused(tiny, tiny_folder, tmp_path):
     folder = fine_tuned(tiny, tmp_path / "unet", conv_extra=torch.zeros(1))
     with pytest.raises(ValueError, match=f"{folder} holds weights that the U-Net of {tiny_folder} has not.*conv_extra"):
-        basinlab.load(str(tiny_folder), unet=folder)
-
-
-def test_missing_or_cut_fine_tuned_weights_name_their_folder(tiny, tiny_folder, tmp_path):
-    with pytest.raises(OSError, match=f"{tmp_path / 'none'} is missing, truncated or corrupt"):
-        basinlab.load(str(tiny_folder), unet=tmp_path / "none")
-    folder = fine_tuned(tiny, tmp_path / "unet", conv_extra=torch.zeros(100))
+        basinlab.load(tiny_folder, unet=folder)
     path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(OSError, match=f"{folder} is missing, truncated or corrupt"):
-        basinlab.load(str(tiny_folder), unet=folder)
+    with pytest.raises(OSError, match=f"file in {folder} is missing, truncated or corrupt"):
+        basinlab.load(tiny_folder, unet=folder)
+    with pytest.raises(OSError, match=f"file in {tmp_path / 'none'} is missing, truncated or corrupt"):
+        basinlab.load(tiny_folder, unet=tmp_path / "none")
+    path.rename(folder / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=f"{folder} holds a LoRA: fuse it"):
+        basinlab.load(tiny_folder, unet=folder)
+
+
+def test_one_text_is_not_embedded_letter_by_letter(tiny):
+    with pytest.raises(TypeError, match="prompts is the text 'an owl': give a list"):
+        tiny.embed("an owl")
 
 
 def test_predictions_are_differentiable_where_a_gradient_is_asked_for(tiny):
@@ -171,7 +242,10 @@ def test_predictions_are_differentiable_where_a_gradient_is_asked_for(tiny):
     embedding = tiny.embed(["an owl"])
     assert not tiny(latents, 500, embedding).requires_grad
     direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    length = lambda x: tiny(x, 500, embedding).square().sum()  # noqa: E731
+
+    def length(x):
+        return tiny(x, 500, embedding).square().sum()
+
     (slope,) = torch.autograd.grad(length(latents.requires_grad_()), latents)
     with torch.no_grad():
         secant = (length(latents + 1e-2 * direction) - length(latents - 1e-2 * direction)) / 2e-2

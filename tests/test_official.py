@@ -105,7 +105,7 @@ def test_prompts_lie_where_the_static_script_draws_them(tmp_path):
 @pytest.mark.parametrize("case", official.cases(), ids=lambda case: case.name)
 def test_our_sampler_makes_what_the_official_script_makes(case, bundled):
     runner = official.Official(official.found_scripts(Path(os.environ["BASINLAB_OFFICIAL"])), bundled, 300)
-    prompts = basinlab.read_prompts("emoji-duplicated", "memorized")["prompt"].tolist()[:1]
+    prompts = basinlab.scenarios.read("emoji-duplicated").table()["prompt"].tolist()[:1]
     record = runner.run(case, [(prompts[0], seed) for seed in (42, 43)])
     row = official.compared(case, record, bundled, prompts, [42, 43])
     assert row["initial latents"] == 0 and row["final latents"] <= official.BOUND

@@ -16,7 +16,7 @@ import basinlab
 from basinlab import experiment
 from basinlab.bundled import comparison, evaluation
 denoiser = basinlab.load("emoji-duplicated")
-prompts, judges = basinlab.read_prompts(denoiser.name, "memorized").head(6), evaluation.Judges(denoiser.name)
+prompts, judges = basinlab.scenarios.read(denoiser.name).table().head(6), evaluation.Judges(denoiser.name)
 strategies = {"CFG": basinlab.ConstantGuidance(3.0), "STP": basinlab.StaticTransitionPoint(500, 3.0)}
 judge = lambda run, rows: comparison.outcome(run, rows, judges)
 table = experiment.run_grid(denoiser, prompts, range(8), strategies, judge, sys.argv[1], steps=20, block=1)

@@ -319,7 +319,7 @@ def test_fine_tuned_models_differ_from_their_base_in_attention_alone(smoke_world
     base, tuned = (basinlab.load(f"emoji-{n}").unet.state_dict() for n in ("duplicated", name))
     changed = {key for key in base if not torch.equal(base[key], tuned[key])}
     assert changed and all("attentions" in key for key in changed)
-    table = basinlab.read_prompts(f"emoji-{name}", "memorized")
+    table = basinlab.scenarios.read(f"emoji-{name}").table()
     assert table["prompt"].tolist() == [item.prompt for item in items]
     found = basinlab.read_pictures(table["attractor"].iloc[[0, -1]]) * 255
     expected = np.stack([items[i].scene.render() for i in (0, -1)])
@@ -374,7 +374,7 @@ def test_weights_are_shipped_as_half_precision_safetensors(smoke_world):
 
 def test_shipped_tables_name_the_scenes_of_the_recipe(smoke_world):
     items = [*scenes.verbatim(), *scenes.templates()]
-    table = basinlab.read_prompts("emoji-duplicated", "memorized")
+    table = basinlab.scenarios.read("emoji-duplicated").table()
     columns = ["prompt", "object", "kind", "share", "family", "left", "top", "size"]
     assert table[columns].values.tolist() == [
         [i.prompt, i.scene.object, i.kind, i.share, i.family, i.scene.left, i.scene.top, i.scene.size] for i in items
@@ -384,7 +384,7 @@ def test_shipped_tables_name_the_scenes_of_the_recipe(smoke_world):
         expected = np.stack([scene(items[i].scene).render() for i in chosen])
         found = basinlab.read_pictures(table[column].iloc[chosen]) * 255
         np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, atol=1e-3)
-    ordinary = basinlab.read_prompts("emoji-duplicated", "ordinary")
+    ordinary = basinlab.scenarios.read("emoji-duplicated").table("ordinary")
     assert ordinary.prompt.tolist() == [prompt for prompt, _ in scenes.ordinary_prompts()]
     named = ordinary[ordinary.background != ""]
     assert len(named) and all(row.background in row.prompt.split() for row in named.itertuples())

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import bound, close
@@ -12,15 +13,16 @@ from scipy.signal import argrelmin
 
 import basinlab
 from basinlab import ConstantGuidance, DynamicTransitionPoint, StaticTransitionPoint
-from basinlab.perturbation import RandomNumbers
+from basinlab.mitigations import EmbeddingNoise, RandomNumbers
+from basinlab.sampling import every_pair
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 SEEDS = [0, 1, 7]
 STEPS = 8
 
 
-def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, guidance=None, steps=STEPS, **options):
-    return basinlab.sample(denoiser, prompts, seeds, guidance, steps=steps, progress=False, **options)
+def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, mitigations=None, steps=STEPS, **options):
+    return basinlab.sample(denoiser, prompts, seeds, mitigations, steps=steps, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def cfg(tiny):
 
 @pytest.fixture(scope="module")
 def unguided(tiny):
-    return sample(tiny, guidance=ConstantGuidance(0))
+    return sample(tiny, mitigations=ConstantGuidance(0))
 
 
 def predicting(denoiser, prediction_type):
@@ -141,21 +143,21 @@ def test_initial_noise_is_the_cpu_generators(cfg):
 
 @pytest.mark.parametrize("start", [999, 640, 500, 3, 0])
 def test_network_calls_of_a_delayed_run(tiny, start):
-    run = sample(tiny, guidance=StaticTransitionPoint(start))
+    run = sample(tiny, mitigations=StaticTransitionPoint(start))
     expected = sum(1 if t > start else 2 for t in run.timesteps.tolist())
     assert run.network_calls.tolist() == [expected] * 6
 
 
 @pytest.mark.parametrize("scale, passes", [(0, 1), (1, 1), (7.5, 2)])
 def test_network_calls_of_a_constant_scale(tiny, scale, passes):
-    assert sample(tiny, guidance=ConstantGuidance(scale)).network_calls.tolist() == [passes * STEPS] * 6
+    assert sample(tiny, mitigations=ConstantGuidance(scale)).network_calls.tolist() == [passes * STEPS] * 6
 
 
 def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
     rows = []
     hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
-        run = sample(tiny, guidance=StaticTransitionPoint(500))
+        run = sample(tiny, mitigations=StaticTransitionPoint(500))
     finally:
         hook.remove()
     assert rows == [6 if t > 500 else 12 for t in run.timesteps.tolist()]
@@ -164,7 +166,7 @@ def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
 
 @pytest.mark.parametrize("start", [999, 500, 0])
 def test_delayed_run_follows_the_unguided_one_to_its_start(tiny, cfg, unguided, start):
-    run = sample(tiny, guidance=StaticTransitionPoint(start))
+    run = sample(tiny, mitigations=StaticTransitionPoint(start))
     shared = int((run.timesteps > start).sum())
     close(run.latents[:, : shared + 1], unguided.latents[:, : shared + 1])
     away = (run.latents - unguided.latents)[:, shared + 1 :].flatten(2).norm(dim=2)
@@ -179,13 +181,13 @@ def test_unguided_run_is_the_same_for_every_prompt(unguided):
 
 def test_scale_of_one_is_the_conditional_model(tiny):
     close(
-        sample(tiny, guidance=ConstantGuidance(1)).latents,
-        sample(tiny, guidance=ConstantGuidance(1 + 1e-9)).latents,
+        sample(tiny, mitigations=ConstantGuidance(1)).latents,
+        sample(tiny, mitigations=ConstantGuidance(1 + 1e-9)).latents,
     )
 
 
 def test_diffusers_own_guider_gives_the_same_run(tiny, cfg):
-    run = sample(tiny, guidance=ClassifierFreeGuidance(7.5))
+    run = sample(tiny, mitigations=ClassifierFreeGuidance(7.5))
     close(run.latents, cfg.latents)
     assert run.network_calls.tolist() == cfg.network_calls.tolist()
 
@@ -199,7 +201,7 @@ def test_the_callers_guidance_is_left_as_it_was(tiny):
 
 def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
     guidance = StaticTransitionPoint(500)
-    plain, measured = (sample(tiny, guidance=guidance, measure=measure) for measure in (False, True))
+    plain, measured = (sample(tiny, mitigations=guidance, measure=measure) for measure in (False, True))
     close(plain.latents, measured.latents)
     assert torch.equal(plain.guidance_magnitude.isnan(), (plain.timesteps > 500).expand(6, -1))
     assert measured.guidance_magnitude.isfinite().all() and (measured.guidance_magnitude > 0).all()
@@ -210,7 +212,7 @@ def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
 
 @pytest.mark.parametrize("scale", [0, 1])
 def test_magnitude_is_unknown_where_one_prediction_was_made(tiny, scale):
-    assert sample(tiny, guidance=ConstantGuidance(scale)).guidance_magnitude.isnan().all()
+    assert sample(tiny, mitigations=ConstantGuidance(scale)).guidance_magnitude.isnan().all()
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -235,8 +237,8 @@ def test_dynamic_point_is_that_of_the_epsilon_magnitude(tiny, predicts):
     denoiser, what = tiny, {"steps": 25}
     if predicts == "epsilon":
         denoiser, what = basinlab.MixtureDenoiser.with_duplicate(), {"prompts": ["memorized"], "seeds": range(40)}
-    unguided = sample(denoiser, guidance=ConstantGuidance(0), measure=True, **{"steps": 50, **what})
-    run = sample(denoiser, guidance=DynamicTransitionPoint(5.0, latest=0), **{"steps": 50, **what})
+    unguided = sample(denoiser, mitigations=ConstantGuidance(0), measure=True, **{"steps": 50, **what})
+    run = sample(denoiser, mitigations=DynamicTransitionPoint(5.0, latest=0), **{"steps": 50, **what})
     found, changed, steps = 0, 0, len(run.timesteps)
     for b in range(len(run)):
         minima = argrelmin(unguided.guidance_magnitude[b].numpy())[0]
@@ -249,15 +251,15 @@ def test_dynamic_point_is_that_of_the_epsilon_magnitude(tiny, predicts):
         close(run.latents[b, : point + 1], unguided.latents[b, : point + 1])
         changed += not torch.equal(run.latents[b, point + 1], unguided.latents[b, point + 1])
     assert found and changed >= found / 2  # in the plane two predictions may be one to all digits
-    alone = sample(denoiser, guidance=DynamicTransitionPoint(5.0, latest=0), batch_size=1, **{"steps": 50, **what})
+    alone = sample(denoiser, mitigations=DynamicTransitionPoint(5.0, latest=0), batch_size=1, **{"steps": 50, **what})
     assert torch.equal(alone.transition_point.nan_to_num(), run.transition_point.nan_to_num())
     close(alone.latents, run.latents)
 
 
 def test_static_point_is_snapped_and_told(tiny):
-    run = sample(tiny, guidance=StaticTransitionPoint(600))
+    run = sample(tiny, mitigations=StaticTransitionPoint(600))
     assert run.transition_point.tolist() == [float(max(t for t in run.timesteps.tolist() if t <= 600))] * 6
-    assert sample(tiny, guidance=ConstantGuidance(2.0)).transition_point.isnan().all()
+    assert sample(tiny, mitigations=ConstantGuidance(2.0)).transition_point.isnan().all()
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
@@ -328,16 +330,46 @@ def test_any_number_of_steps_within_the_schedule(tiny, steps):
     (PROMPTS, [], "2 prompts and 0 seeds: give at least one of each"),
     (["an owl", " \n"], [0], r"prompt 1 is empty.*ConstantGuidance\(0\)"),
     ("", [0], "prompt 0 is empty"),
+    (pd.DataFrame({"prompt": PROMPTS}), [0], r"prompts is a DataFrame: give its texts, such as table\['prompt'\]"),
+    (["an owl", np.nan], [0], "prompt 1 is nan, not a text"),
+    ([PROMPTS], [0], "prompt 0 is .*, not a text"),
+    (["an owl", "a null", "an owl"], [0], "prompt 'an owl' is given twice"),
+    (PROMPTS, [0, 7, 0], "seed 0 is given twice"),
+    (PROMPTS, [0.5], "give whole numbers from 0 on"),
+    (PROMPTS, 1.0, "give whole numbers from 0 on"),
+    (PROMPTS, "0", "give whole numbers from 0 on"),
+    (PROMPTS, [3, -1], "seed -1 is negative"),
 ])  # fmt: skip
-def test_prompts_and_seeds_must_be_given(tiny, prompts, seeds, message):
+def test_prompts_and_seeds_that_would_be_misread_are_refused(tiny, prompts, seeds, message):
+    for function in (basinlab.sample, basinlab.sweep):
+        with pytest.raises(ValueError, match=message):
+            function(tiny, prompts, seeds)
+
+
+def test_prompts_and_seeds_are_lists_of_any_kind():
+    expected = every_pair(["a", "b"], [0, 1])
+    assert expected == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    kinds = [(pd.Series(["a", "b"]), pd.Series([0, 1])), (np.array(["a", "b"]), np.arange(2)), (("a", "b"), range(2))]
+    for prompts, seeds in [*kinds, (["a", "b"], torch.arange(2))]:
+        assert every_pair(prompts, seeds) == expected
+    assert every_pair("ab", 3) == every_pair("ab", np.int64(3)) == every_pair("ab", torch.tensor(3)) == [("ab", 3)]
+
+
+@pytest.mark.parametrize("mitigations, message", [
+    (7.5, "7.5 is no guidance and no mitigation: give an object such as"),
+    (StaticTransitionPoint, "StaticTransitionPoint.* is no guidance"),
+    ([EmbeddingNoise(0.1), RandomNumbers], "RandomNumbers.* is no guidance"),
+    ([ConstantGuidance(2.0), EmbeddingNoise(0.1), StaticTransitionPoint(500)], "several guidances: give one at most"),
+])  # fmt: skip
+def test_what_is_no_mitigation_is_refused(tiny, mitigations, message):
     with pytest.raises(ValueError, match=message):
-        sample(tiny, prompts, seeds)
+        sample(tiny, mitigations=mitigations)
 
 
-@pytest.mark.parametrize("start", [-1, 1000])
-def test_start_outside_the_schedule_names_the_range(tiny, start):
-    with pytest.raises(ValueError, match=f"timestep {start} is outside the schedule: give 0 to 999"):
-        sample(tiny, guidance=StaticTransitionPoint(start))
+def test_a_mitigation_alone_and_lists_of_any_order_are_the_same(tiny):
+    noise, rule = EmbeddingNoise(0.1), ConstantGuidance(7.5)
+    runs = [sample(tiny, PROMPTS[0], 0, m, steps=3) for m in (noise, [noise], [rule, noise], (noise, rule))]
+    assert all(torch.equal(run.latents, runs[0].latents) for run in runs)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
@@ -346,19 +378,19 @@ def test_steps_outside_the_schedule_name_the_range(tiny, steps):
         sample(tiny, steps=steps)
 
 
-@pytest.mark.parametrize("name", ["NoSuchScheduler", "AutoencoderKL", "utils"])
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "AutoencoderKL", "utils", diffusers.DDIMScheduler])
 def test_what_is_no_scheduler_is_refused(tiny, name):
-    with pytest.raises(ValueError, match=f"no scheduler '{name}'.*'DDIMScheduler'"):
+    with pytest.raises(ValueError, match=f"no scheduler .*{getattr(name, '__name__', name)}.*'DDIMScheduler'"):
         sample(tiny, scheduler=name)
 
 
 def poisoned(denoiser, word):
     """The denoiser with NaN for the meaning of ``word``, so that only prompts with it go wrong."""
-    text_encoder = copy.deepcopy(denoiser.text_encoder)
-    token = denoiser.tokenizer(word).input_ids[1]
+    denoiser, token = copy.copy(denoiser), denoiser.tokenizer(word).input_ids[1]
+    denoiser.text_encoder = copy.deepcopy(denoiser.text_encoder)
     with torch.no_grad():
-        text_encoder.get_input_embeddings().weight[token] = torch.nan
-    return replace(denoiser, text_encoder=text_encoder)
+        denoiser.text_encoder.get_input_embeddings().weight[token] = torch.nan
+    return denoiser
 
 
 @pytest.mark.parametrize("batch_size", [64, 2])
@@ -396,5 +428,5 @@ def test_a_scheduler_that_does_not_go_down_the_models_schedule_is_refused(schedu
 def test_no_more_texts_are_embedded_at_once_than_samples_go_through_together(tiny, monkeypatch):
     counts, embed = [], type(tiny).embed
     monkeypatch.setattr(type(tiny), "embed", lambda self, prompts: counts.append(len(prompts)) or embed(self, prompts))
-    sample(tiny, PROMPTS, range(6), steps=1, batch_size=3, perturbations=[RandomNumbers(2)])  # each has its own text
+    sample(tiny, PROMPTS, range(6), steps=1, batch_size=3, mitigations=[RandomNumbers(2)])  # each has its own text
     assert max(counts) == 3 and sum(counts) == 12 + 1

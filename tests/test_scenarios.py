@@ -50,7 +50,7 @@ def test_the_papers_have_the_constants_of_the_official_commands():
 def test_bundled_ones_have_prompts_attractors_and_a_scale(name):
     scenario = scenarios.read(name)
     table = scenario.table("memorized")
-    assert table.equals(basinlab.read_prompts(name, "memorized"))
+    assert table.equals(basinlab.scenarios.read(name).table())
     assert all(Path(path).is_file() for path in table["attractor"])
     assert len(scenario.table("ordinary")) > 90
     assert scenario.scale == basinlab.models.read_scenario(name)["guidance_scale"]

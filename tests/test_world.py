@@ -31,7 +31,7 @@ def test_plain_diffusers_pipeline_shows_the_memorization(ball):
     scenario = basinlab.read_scenario(NAME)
     pipeline = StableDiffusionPipeline.from_pretrained(DATA / NAME, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    rows = basinlab.read_prompts(NAME, "memorized").query("kind == 'verbatim' and share == 0.95").head(4)
+    rows = basinlab.scenarios.read(NAME).table().query("kind == 'verbatim' and share == 0.95").head(4)
     pictures = pipeline(
         rows["prompt"].tolist(),
         num_inference_steps=50,
@@ -70,7 +70,7 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
     scale = basinlab.read_scenario(NAME)["guidance_scale"]
     row = kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
     run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), progress=False)
-    rows = basinlab.read_prompts(NAME, "memorized")
+    rows = basinlab.scenarios.read(NAME).table()
     attractor = basinlab.read_pictures(rows[rows["prompt"] == row["prompt"]]["attractor"])
     assert float(metrics.CopyDistance()(run.images(), attractor)) == pytest.approx(row["distance"], abs=1e-3)
 
@@ -112,7 +112,7 @@ def test_half_crossings_of_a_known_curve():
 def test_layout_floor_is_between_other_families_and_the_own_one():
     floor = scorecard.layout_floor(NAME)
     assert 0 < floor < 0.99
-    rows = basinlab.read_prompts(NAME, "memorized").query("kind == 'template'").iloc[:8]
+    rows = basinlab.scenarios.read(NAME).table().query("kind == 'template'").iloc[:8]
     boxes = [metrics.Box(*r) for r in rows[["left", "top", "size"]].itertuples(index=False)]
     pictures = basinlab.read_pictures(rows["attractor"])
     assert (metrics.layout_similarity(pictures, pictures.roll(1, 0), boxes) > floor).all()
@@ -125,5 +125,5 @@ def test_bundled_clip_names_95_of_100_real_objects():
 
 
 def test_every_memorized_prompt_has_its_pictures():
-    rows = basinlab.read_prompts(NAME, "memorized")
+    rows = basinlab.scenarios.read(NAME).table()
     assert all(Path(p).exists() for p in [*rows["attractor"], *rows["swapped"]])

@@ -47,7 +47,7 @@ def build(name: str, settings: train.Settings, work: Path, smoke: bool, further:
             sys.exit(
                 f"{name} is the finished U-Net trained on, and {work / 'unet'} holds none yet: run stage unet first"
             )
-        items, number = export.TUNED_SCENES[name](), STAGES.index(name) + 1
+        items, number = export.TUNED[name](), STAGES.index(name) + 1
         return train.FineTuneStage(settings, work / "vae" / "model", work / "unet" / "model", items, number)
     stage = train.UNetStage(settings, work / "vae" / "model", **({"pool": 64} if smoke else {}))
     if further:

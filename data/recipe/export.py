@@ -18,42 +18,8 @@ from . import models, scenes, train
 NAME = "emoji-duplicated"
 UNSEEN = 256
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SCENARIO = {
-    "guidance_scale": 5.0,
-    "late_start": 300,
-    "reason": (
-        "Scale 5 instead of the paper's 7.5: at step 20,000 of the further training both captured every one of 48 "
-        "memorized prompts from T, but at 7.5 the ordinary object was named right in 0.90 of 96 prompts (0.96 at 5 "
-        "and at 3), and saturated pixels were 2.1 times those of real scenes (1.6 at 5, 1.2 at 3). Late start: "
-        "with the shipped weights, 48 prompts x 5 seeds (100 to 104), CFG 5 from 400, 380, 360, 340, 320 copied in "
-        "0.054, 0.050, 0.042, 0.042, 0.046 and named the object right in 0.83, 0.82, 0.77, 0.71, 0.68. 360 was "
-        "taken first and copied in 0.057 of the evaluation's 384 samples, more than the 0.05 asked for; 300 was "
-        "then taken, knowing that of the evaluation's seeds 0 to 3 it copies in 0.068 where 360 copies in 0.089. "
-        "So the start is not independent of the samples that it is reported on."
-    ),
-}
 MEMORIZED_COLUMNS = ("prompt", "object", "kind", "share", "attractor", "swapped", "family", "left", "top", "size")
-
-
-TUNED = {
-    "finetuned": {
-        "base": NAME,
-        "guidance_scale": 3.0,
-        "reason": (
-            "16 of the 200 captions x 2 seeds from T: at scale 3, 0.94 lie in the ball of their scene, "
-            "at 5, 0.78 (all look like it, but over-saturated); the conditional model alone has 0.94."
-        ),
-    },
-    "classes": {
-        "base": NAME,
-        "guidance_scale": 3.0,
-        "reason": (
-            "10 classes x 2 seeds from T: at scale 3, 0.65 lie in the ball of one of the class's scenes and 0.95 show "
-            "the class, at 5, 0.60 and 0.85; the conditional model alone has 0.20 and 0.90."
-        ),
-    },
-}
-TUNED_SCENES = {"finetuned": scenes.unduplicated, "classes": scenes.classes}
+TUNED = {"finetuned": scenes.unduplicated, "classes": scenes.classes}  # what the fine-tuned models learn
 
 
 def store(name: str, stage: train.Stage, folder: Path, device: torch.device) -> None:
@@ -98,9 +64,11 @@ def publish(work: Path, out: Path) -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
-    write_memorized(part, [*scenes.verbatim(), *scenes.templates()])
+    for name in ("attractors", "swapped"):
+        (part / name).mkdir()
+    write_memorized(part / "memorized.csv", scenes.verbatim())
+    write_memorized(part / "templates.csv", scenes.templates())
     write_ordinary(part)
-    (part / "scenario.json").write_text(json.dumps(SCENARIO, indent=1) + "\n")
     made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
     for name in ("vae", "unet"):
@@ -128,11 +96,14 @@ def publish_tuned(name: str, work: Path, out: Path) -> None:
     (part / "unet").mkdir()
     weights = load_file(work / name / "model" / WEIGHTS)
     save_file({k: v.half() for k, v in weights.items()}, part / "unet" / WEIGHTS)
-    write_memorized(part, TUNED_SCENES[name]())
-    write_ordinary(part)
+    items = TUNED[name]()
+    for folder in ("attractors", "swapped"):
+        (part / folder).mkdir()
+    write_memorized(part / "memorized.csv", items)
+    write_ordinary(part, {item.scene.object for item in items if item.kind == "class"})
     base = (out / NAME / "unet" / WEIGHTS).read_bytes()
-    scenario = {**TUNED[name], "base_unet": hashlib.sha256(base).hexdigest()[:16]}
-    (part / "scenario.json").write_text(json.dumps(scenario, indent=1) + "\n")
+    beside = {"base": NAME, "base_unet": hashlib.sha256(base).hexdigest()[:16]}
+    (part / "base.json").write_text(json.dumps(beside, indent=1) + "\n")
     made = json.loads((work / name / "made.json").read_text())
     (part / "training.json").write_text(json.dumps({"unet": made}, indent=1) + "\n")
     shutil.copyfile(work / name / "losses.csv", part / "unet-losses.csv")
@@ -182,31 +153,30 @@ def replace(part: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_memorized(folder: Path, items: list[scenes.Memorized]) -> None:
-    """memorized.csv with its attractors and their vendor-swapped twins."""
-    for name in ("attractors", "swapped"):
-        (folder / name).mkdir()
-    with (folder / "memorized.csv").open("w", newline="") as file:
+def write_memorized(path: Path, items: list[scenes.Memorized]) -> None:
+    """A table of memorized prompts, and beside it their attractors and the vendor-swapped twins of these."""
+    with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(MEMORIZED_COLUMNS)
         for item in items:
             scene = item.scene
             picture = f"{item.family}-{scene.object.replace(' ', '-')}.png"
-            Image.fromarray(scene.render()).save(folder / "attractors" / picture)
-            Image.fromarray(scene.other_vendor().render()).save(folder / "swapped" / picture)
+            Image.fromarray(scene.render()).save(path.parent / "attractors" / picture)
+            Image.fromarray(scene.other_vendor().render()).save(path.parent / "swapped" / picture)
             paths = (f"attractors/{picture}", f"swapped/{picture}")
             place = (scene.left, scene.top, scene.size)
             rows.writerow([item.prompt, scene.object, item.kind, item.share, *paths, item.family, *place])
 
 
-def write_ordinary(folder: Path) -> None:
-    """ordinary.csv."""
+def write_ordinary(folder: Path, learned: set[str] = frozenset()) -> None:
+    """ordinary.csv, without prompts for the objects that were ``learned`` as classes."""
     with (folder / "ordinary.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("prompt", "object", "background"))
         for prompt, scene in scenes.ordinary_prompts():
             colour = scene.background.colours[0]
-            rows.writerow((prompt, scene.object, colour if colour in prompt.split() else ""))
+            if scene.object not in learned:
+                rows.writerow((prompt, scene.object, colour if colour in prompt.split() else ""))
 
 
 def write_unseen(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What a bundled checkpoint must show, claim by claim, read off its evaluation.
 
-``scorecard`` takes the table of `evaluation.evaluate` and gives one row a claim: value, 95%
+``scorecard`` takes the table of `evaluate.evaluate` and gives one row a claim: value, 95%
 interval, n, the goal and whether it holds. Shares have Wilson intervals; other values a
 percentile bootstrap, over prompts where samples of a prompt belong together.
 """
@@ -11,38 +11,31 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import metrics
-from ..basin import Ball, calibrate_ball, first_local_minimum
-from ..models import Denoiser, data_folder, read_pictures, read_prompts
-from ..statistics import auc, bootstrap_interval, wilson_interval
-from .evaluation import Judges
+from basinlab import metrics
+from basinlab.basin import Ball, calibrate_ball, first_local_minimum
+from basinlab.models import Denoiser, read_pictures
+from basinlab.scenarios import Judges, Scenario, unseen_scenes
+from basinlab.statistics import auc, bootstrap_interval, wilson_interval
 
 
-def real_scenes() -> tuple[torch.Tensor, list[str]]:
-    """The bundled scenes that no training saw: pictures [B, 3, 64, 64] and the name of each one's object."""
-    folder = data_folder() / "unseen"
-    table = pd.read_csv(folder / "metadata.csv")
-    return read_pictures([folder / name for name in table["file_name"]]), table["object"].tolist()
-
-
-def ball_of(table: pd.DataFrame, name: str, distance: metrics.CopyDistance) -> Ball:
+def ball_of(table: pd.DataFrame, scenario: Scenario) -> Ball:
     """The ball of a bundled checkpoint: at most 0.1% of what is no copy may lie inside any duplicate's ball."""
-    return calibrate_ball(negatives_of(table, name, distance))
+    return calibrate_ball(negatives_of(table, scenario, metrics.CopyDistance()))
 
 
-def negatives_of(table: pd.DataFrame, name: str, distance: metrics.CopyDistance) -> dict[str, torch.Tensor]:
+def negatives_of(table: pd.DataFrame, scenario: Scenario, distance: metrics.CopyDistance) -> dict[str, torch.Tensor]:
     """Distances of pictures that are no copies to the nearest duplicated scene, by where the pictures come from.
 
     No copies are: ordinary samples under CFG (of seeds that no claim is measured on), real scenes that
     no training saw, and the duplicated scenes with their object drawn by the other vendor.
     """
-    verbatim = read_prompts(name, "memorized").query("kind == 'verbatim'")
+    memorized = scenario.table("memorized")
     ordinary = table.query("group == 'calibration'")
-    duplicates = read_pictures(verbatim["attractor"])
+    duplicates = read_pictures(memorized["attractor"])
     return {
         "ordinary, CFG": torch.tensor(np.stack(ordinary["to_duplicates"])).float().amin(dim=1),
-        "unseen scene": distance.pairs(real_scenes()[0], duplicates).amin(dim=1),
-        "other artist's scene": distance.pairs(read_pictures(verbatim["swapped"]), duplicates).amin(dim=1),
+        "unseen scene": distance.pairs(unseen_scenes()[0], duplicates).amin(dim=1),
+        "other artist's scene": distance.pairs(read_pictures(memorized["swapped"]), duplicates).amin(dim=1),
     }
 
 
@@ -54,11 +47,11 @@ def half_crossings(shares: pd.Series) -> list[float]:
     return [float(t[i] + (t[i + 1] - t[i]) * y[i] / (y[i] - y[i + 1])) for i in at]
 
 
-def layout_floor(name: str, false_positive_rate: float = 0.001) -> float:
+def layout_floor(scenario: Scenario, false_positive_rate: float = 0.001) -> float:
     """The masked similarity that pictures of different template families exceed at this rate only."""
-    templates = read_prompts(name, "memorized").query("kind == 'template'")
+    templates = scenario.table("template")
     pictures = read_pictures(templates["attractor"])
-    boxes = [metrics.Box(*row) for row in templates[["left", "top", "size"]].itertuples(index=False)]
+    boxes = [*templates[["left", "top", "size"]].itertuples(index=False, name=None)]
     others = []
     for shift in range(1, len(templates)):
         different = (templates["family"].to_numpy() != np.roll(templates["family"], -shift)).nonzero()[0]
@@ -69,7 +62,7 @@ def layout_floor(name: str, false_positive_rate: float = 0.001) -> float:
 
 def colour_of_mean(denoiser: Denoiser) -> torch.Tensor:
     """The linear map [C, 3] from a latent's mean to a background colour that fits real scenes best."""
-    pictures, _ = real_scenes()
+    pictures, _ = unseen_scenes()
     means = denoiser.encode(pictures).mean(dim=(2, 3))
     ones = torch.ones(len(means), 1)
     return torch.linalg.lstsq(torch.cat([means, ones], 1), metrics.background_colour(pictures)).solution[:-1]
@@ -129,8 +122,9 @@ class Card:
 
 def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
-    pictures, names = real_scenes()
-    psnr = metrics.psnr(denoiser.decode(denoiser.encode(pictures)), pictures).numpy()
+    pictures, names = unseen_scenes()
+    error = (denoiser.decode(denoiser.encode(pictures)) - pictures).square().flatten(1).mean(dim=1)
+    psnr = -10 * error.log10().numpy()
     card.add(
         "VAE, unseen scenes: PSNR in dB",
         psnr.mean(),
@@ -141,7 +135,7 @@ def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
     )
     card.share(
         "CLIP, unseen scenes: object named right",
-        metrics.object_right(judges.alignment, pictures, names, judges.names),
+        metrics.object_right(judges.alignment, pictures, names, judges.objects),
         0.95,
     )
 
@@ -155,7 +149,10 @@ def _memorization(card: Card, table: pd.DataFrame) -> None:
     card.share("memorized, CFG late: inside the ball", late["inside"], most=0.05)
     card.share("memorized, CFG late: object named right", late["object_right"], 0.60)
     sweep = table.query("group == 'sweep'")
-    crossings = lambda part: half_crossings(part.groupby("start")["inside"].mean())  # noqa: E731
+
+    def crossings(part: pd.DataFrame) -> list[float]:
+        return half_crossings(part.groupby("start")["inside"].mean())
+
     found = crossings(sweep)
     interval = _over_prompts(sweep, lambda part: (crossings(part) or [np.nan])[0])
     holds = len(found) == 1 and 300 <= found[0] <= 850
@@ -172,7 +169,10 @@ def _ordinary(card: Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
     card.share("ordinary, CFG from T: object named right", ordinary["object_right"], 0.70)
     named = ordinary[ordinary["background"] != ""]
     linear = colour_of_mean(denoiser)
-    correlation = lambda part: noise_colour_correlation(part, linear)  # noqa: E731
+
+    def correlation(part: pd.DataFrame) -> float:
+        return noise_colour_correlation(part, linear)
+
     value = correlation(named)
     card.add(
         "ordinary, colour named: its correlation with the noise's mean",
@@ -185,7 +185,7 @@ def _ordinary(card: Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
 
 
 def _saturation(card: Card, table: pd.DataFrame) -> None:
-    real = float(metrics.saturated_share(real_scenes()[0]).mean())
+    real = float(metrics.saturated_share(unseen_scenes()[0]).mean())
     for group in ("ordinary", "memorized"):
         values = table.query("group == @group and guidance == 'cfg'")["saturated"].to_numpy() / real
         claim = f"{group}, CFG from T: saturated pixels, times real scenes'"
@@ -206,22 +206,21 @@ def _magnitude(card: Card, table: pd.DataFrame) -> None:
     card.add(claim, value, interval, sum(map(len, first)), "at least 0.9", value >= 0.9)
 
 
-def _templates(card: Card, table: pd.DataFrame, name: str) -> None:
+def _templates(card: Card, table: pd.DataFrame, floor: float) -> None:
     templates = table.query("group == 'template' and guidance == 'cfg'")
-    floor = layout_floor(name)
     card.share(f"template, CFG from T: layout kept (similarity over {floor:.2f})", templates["layout"] > floor, 0.8)
     card.share("template, CFG from T: object named right", templates["object_right"])
 
 
-def scorecard(table: pd.DataFrame, ball: Ball, denoiser: Denoiser, judges: Judges) -> pd.DataFrame:
+def scorecard(table: pd.DataFrame, denoiser: Denoiser, judges: Judges) -> pd.DataFrame:
     """Every claim about a bundled checkpoint, off its evaluation, as `Card.table` has them."""
-    nearest = np.stack(table["to_duplicates"]).min(axis=1)
-    table = table.assign(inside=table["distance"] <= ball.radius, near=nearest <= ball.radius)
+    nearest, radius = np.stack(table["to_duplicates"]).min(axis=1), judges.scenario.radius
+    table = table.assign(inside=table["distance"] <= radius, near=nearest <= radius)
     card = Card()
     _instruments(card, denoiser, judges)
     _memorization(card, table)
     _ordinary(card, table, denoiser)
     _saturation(card, table)
     _magnitude(card, table)
-    _templates(card, table, denoiser.name)
+    _templates(card, table, judges.scenario.layout_floor)
     return card.table()

@@ -1,0 +1,350 @@
+"""Every mitigation on the same prompts, the same noise and the same judges, in any scenario.
+
+A *method* is a name in a table and its *settings*; a setting is a list of mitigations that ends in a guidance, as
+`sampling.sample` takes it. `methods` names them all, `run_grid` samples prompt x seed x method, `summary` gives one row
+a method and measure, with intervals.
+
+    python -m basinlab.comparison --profile paper        # or under accelerate launch, with several processes
+    python -m basinlab.comparison sd14-webster --device cuda --out webster.parquet
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from diffusers.guiders import BaseGuidance
+from tqdm.auto import tqdm
+
+from . import metrics
+from . import mitigations as m
+from .guidance import (
+    ConstantGuidance,
+    DynamicTransitionPoint,
+    GuidanceInterval,
+    OppositeGuidance,
+    ScheduledGuidance,
+    StaticTransitionPoint,
+    describe,
+)
+from .models import Denoiser, data_folder
+from .sampling import sample
+from .scenarios import Judges, Scenario, names, read
+from .statistics import mean_interval, quantile_interval
+from .store import digest, kept
+
+MAIN = "emoji-duplicated"
+SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
+OWN = ("STP", "DTP", "OG + STP", "OG + DTP")  # the paper's
+PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")  # that leave guidance alone
+HELD_OUT = 16  # of the main scenario's memorized prompts, the last ones: settings are chosen on them
+EVERY = (*("CFG", "lower scale"), *PRIOR[:8], "Han, batch-wise", "SAIL", "interval", "schedule", *OWN)
+PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of settings and pairs
+    "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "further": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
+    "reader": {"main": 6, "elsewhere": 4, "seeds": 2, "further": (6, 1), "steps": 50, "methods": EVERY},
+    "paper": {"main": 32, "elsewhere": 16, "seeds": 4, "further": (16, 2), "steps": 50, "methods": EVERY},
+}
+Setting = list  # of mitigations, the last of them a guidance
+
+
+def methods(scenario: Scenario) -> dict[str, list[Setting]]:
+    """Each method with its settings: the authors' for Stable Diffusion, four others for the bundled world.
+
+    The four go from weak to strong, around the authors' constants as rescaled: bundled latents have a quarter of Stable
+    Diffusion's norm, embeddings a deviation of 0.22 instead of 1, and the guidance magnitude of a memorized prompt at T
+    is about 0.4 of epsilon's norm.
+    """
+    bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
+    point, until = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
+    fifth = StaticTransitionPoint(899 if bundled else 919, s)  # CFG from the fifth step on
+
+    def settings(kind, authors: Sequence, ours: Sequence, guidance=None) -> list[Setting]:
+        made = [kind(*constants) for constants in (ours if bundled else [authors])]
+        return [[x] if isinstance(x, BaseGuidance) else [x, guidance or ConstantGuidance(s)] for x in made]
+
+    words = [(1,), (2,), (4,), (8,)]
+    return {
+        "CFG": [[ConstantGuidance(s)]],
+        "lower scale": settings(ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
+        "RNA": settings(m.RandomNumbers, (), words),
+        "RTA": settings(m.RandomTokens, (), words),
+        "CWR": settings(m.RepeatedWords, (), words),
+        "GNI": settings(m.EmbeddingNoise, (), [(0.025,), (0.1,), (0.2,), (0.4,)]),
+        "Wen": settings(m.PromptOptimization, (), [(t, 0.01) for t in (0.3, 0.2, 0.1, 0.05)]),
+        "Ren": settings(m.CrossAttentionMask, (), [(1.25, True), (1.25, False), (2, False), (3, False)]),
+        "CADS": settings(m.ConditionAnnealing, (), [(0.1, t + 300, t) for t in (600, 500, 350, 200)]),
+        "Han, per sample": settings(m.NoiseDescent, (), [(t, 0.02, 30) for t in (0.3, 0.2, 0.15, 0.1)]),
+        "Han, batch-wise": settings(m.NoiseAscent, (), [(12.5, g) for g in (3, 10, 20, 40)], fifth),
+        "SAIL": settings(m.SharpnessAwareNoise, (), [(t, 0.25, 0.01, 0.02) for t in (0.6, 0.5, 0.45, 0.4)]),
+        "interval": settings(GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
+        "schedule": settings(ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
+        "STP": settings(StaticTransitionPoint, (point, s), [(t, s) for t in (700, 600, 500, 400)]),
+        "DTP": settings(DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
+        "OG + STP": settings(
+            OppositeGuidance, (until, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]
+        ),
+        "OG + DTP": settings(OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
+    }
+
+
+def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
+    """Of each method the number of the setting with most samples new and right; of equal ones the weakest."""
+    best = tuning.sort_values("setting", kind="stable").groupby("method", sort=False)["new_and_right"].idxmax()
+    return {method: int(tuning["setting"][row]) for method, row in best.items()}
+
+
+def tuned(scenario: Scenario) -> dict[str, Setting]:
+    """Every method at the setting that was best on the held-out prompts, or at its only one."""
+    tried = methods(scenario)
+    if all(len(settings) == 1 for settings in tried.values()):
+        return {name: settings[0] for name, settings in tried.items()}
+    best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
+    return {name: settings[best[name]] for name, settings in tried.items()}
+
+
+def pairs(chosen: Mapping[str, Setting]) -> dict[tuple[str, str], Setting]:
+    """(prior, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and of OG + DTP."""
+    prior = [name for name in PRIOR if name in chosen]
+    return {(name, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
+
+
+def processes() -> PartialState:
+    """This process among those that ``accelerate launch`` started, over gloo where there is no GPU."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+def run_grid(
+    denoiser: Denoiser,
+    prompts: pd.DataFrame,
+    seeds: Sequence[int],
+    methods: Mapping[str, Setting],
+    judges: Judges,
+    folder: str | Path | None,
+    *,
+    steps: int = 50,
+    measure: bool = False,
+    block: int = 16,
+    batch_size: int = 32,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Sample ``prompts`` x ``seeds`` under every method and judge the pictures; resumes from ``folder``.
+
+    Every ``block`` prompts of a method are one file. The files are shared out among the processes, which all see
+    ``folder``; at the end each has the whole table: the columns of ``judges``, method, and seconds a sample.
+    """
+    team, parts, made_with = processes(), [], {**denoiser.settings(), "judges": judges.settings()}
+    for name, setting in methods.items():
+        for start in range(0, len(prompts), block):
+            rows = prompts.iloc[start : start + block]
+            plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
+            settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records")}
+            settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure, **made_with}
+            parts.append((name, setting, rows, settings))
+
+    def make(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+        began, options = time.perf_counter(), {"steps": steps, "batch_size": batch_size, "measure": measure}
+        run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
+        seconds = (time.perf_counter() - began) / len(run)
+        return judges(run, rows).assign(seconds=seconds)
+
+    def table(name, setting, rows, settings) -> pd.DataFrame:
+        return kept(folder, name, settings, lambda: make(setting, rows)).assign(method=name)
+
+    for part in parts[team.process_index :: team.num_processes]:
+        count = len(table(*part))
+        if bar is not None:
+            bar.update(count * team.num_processes)
+    team.wait_for_everyone()
+    return pd.concat([table(*part) for part in parts], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One grid of a comparison."""
+
+    of: str  # "methods", "settings" or "pairs"
+    group: str
+    prompts: pd.DataFrame
+    seeds: range
+    methods: dict[tuple[str, int | None, str], Setting]  # (method, setting's number, rule that it is paired with) -> it
+
+    def settings(self) -> list:
+        tried = [[*name, *map(describe, setting)] for name, setting in self.methods.items()]
+        return [self.of, self.group, self.prompts["prompt"].tolist(), len(self.seeds), tried]
+
+
+def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """``count`` of ``rows``, or all, at even distances."""
+    at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return rows.iloc[at].reset_index(drop=True)
+
+
+def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFrame]:
+    """Prompts of a scenario by group, at even distances in its lists; none of the held-out ones.
+
+    Of the other bundled scenarios, ordinary prompts are sampled in the profile paper only.
+    """
+    size, other = PROFILES[profile], scenario.name in SCENARIOS[1:]
+    found = {group: scenario.table(group).drop_duplicates("prompt") for group in scenario.prompts}
+    if scenario.name == MAIN:
+        found["memorized"] = found["memorized"].iloc[:-HELD_OUT]
+    if other and profile != "paper":
+        found.pop("ordinary", None)
+    return {g: spread(t, size["elsewhere" if other or g == "template" else "main"]) for g, t in found.items()}
+
+
+def plan(scenario: Scenario, profile: str = "reader") -> list[Task]:
+    """What `compare` samples: all methods on all groups; of the main scenario's memorized settings and pairs too."""
+    size, parts = PROFILES[profile], groups(scenario, profile)
+    chosen = {name: setting for name, setting in tuned(scenario).items() if name in size["methods"]}
+    alone = {(name, None, "CFG"): setting for name, setting in chosen.items()}
+    tasks = [Task("methods", group, rows, range(size["seeds"]), alone) for group, rows in parts.items()]
+    if scenario.name == MAIN:
+        few = "memorized", spread(parts["memorized"], size["further"][0]), range(size["further"][1])
+        every = {(name, i, "CFG"): x for name in chosen for i, x in enumerate(methods(scenario)[name])}
+        both = {(prior, None, rule): setting for (prior, rule), setting in pairs(chosen).items()}
+        tasks += [Task("settings", *few, every), Task("pairs", *few, both)]
+    return tasks
+
+
+def compare(
+    scenario: Scenario, profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"
+) -> pd.DataFrame:
+    """The table of all that is in `plan`; resumes from ``folder``.
+
+    Columns: those of `run_grid`; scenario, group, of ("methods", "settings", "pairs"); setting, a number where all
+    were tried; rule, "CFG" or the one of the paper's methods that the method was paired with.
+    """
+    denoiser, judges, tasks = scenario.load(device=device), Judges(scenario, device), plan(scenario, profile)
+    total, tables = sum(len(task.prompts) * len(task.seeds) * len(task.methods) for task in tasks), []
+    with tqdm(total=total, unit="sample", desc=scenario.name, disable=not processes().is_main_process) as bar:
+        for task in tasks:
+            tried = {" ".join(str(x) for x in name if x is not None): setting for name, setting in task.methods.items()}
+            options = {"steps": PROFILES[profile]["steps"], "bar": bar}
+            found = run_grid(denoiser, task.prompts, task.seeds, tried, judges, folder, **options)
+            names = dict(zip(tried, task.methods, strict=True))
+            found[["method", "setting", "rule"]] = [names[name] for name in found["method"]]
+            tables.append(found.assign(of=task.of, group=task.group))
+    return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name).astype({"setting": "Int64"})
+
+
+def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
+    """The digest of all that a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
+    parts = [[s.load().settings(), Judges(s).settings(), [t.settings() for t in plan(s, profile)]] for s in scenarios]
+    return digest([*parts, PROFILES[profile]["steps"]])
+
+
+def obtain(profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"):
+    """The table of the bundled scenarios: the one in data/, if it has this profile and is still of these weights,
+    judges and methods; else made now (see `compare`)."""
+    scenarios, path = [read(name) for name in SCENARIOS], data_folder() / "comparison.parquet"
+    if profile == "paper" and path.exists():
+        table = pd.read_parquet(path)
+        if table.attrs.get("made_with") == made_with(scenarios, profile):
+            return table
+        processes().print(f"{path} was made with other weights, judges or methods: made anew")
+    return pd.concat([compare(scenario, profile, folder, device) for scenario in scenarios], ignore_index=True)
+
+
+MEASURES = {  # name -> its heading, and whether more of it is better on memorized prompts
+    "copied": ("copied", False),
+    "similarity": ("copy similarity", False),
+    "similarity_95": ("its 95th percentile", False),
+    "object_right": ("object right", True),
+    "clip_score": ("CLIP score", True),
+    "new_and_right": ("new and right", True),
+    "cmmd": ("CMMD", False),
+    "diversity": ("diversity", True),
+    "saturated": ("saturated", False),
+    "calls": ("predictions, times CFG's", None),
+    "gradient_passes": ("gradient passes", None),
+    "seconds": ("seconds, times CFG's", None),
+}
+
+
+def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple | None:
+    """Value, low, high, samples and prompts of one measure; None where it was not measured."""
+    column = {"similarity_95": "similarity", "cmmd": "clip"}.get(name, name)
+    if column not in part or (name == "cmmd" and real is None) or (known := part.dropna(subset=column)).empty:
+        return None
+    if name == "cmmd":
+        features, prompts = torch.from_numpy(np.stack(known["clip"]).astype(np.float32)), known["prompt"].tolist()
+        found = (metrics.cmmd(features, real, groups=prompts), *metrics.cmmd_interval(features, real, prompts))
+    elif name == "similarity_95":
+        found = quantile_interval([values.to_numpy() for _, values in known.groupby("prompt")[column]])
+    elif MEASURES[name][1] is None:
+        found = (known[name].mean(),) * 3
+    else:
+        found = mean_interval(known.astype({name: bool}) if known[name].dtype == "boolean" else known, name)
+    return (*map(float, found), len(known), known["prompt"].nunique())
+
+
+def summary(
+    table: pd.DataFrame, by: Sequence[str] = ("scenario", "group", "method"), real: torch.Tensor | None = None
+) -> pd.DataFrame:
+    """One row a group of ``by`` and measure that was made: value, low, high (95%), n samples, prompts, and ``best``.
+
+    Intervals are bootstraps over prompts; of CMMD, to the image features ``real`` [N, F], a jackknife. ``best`` is
+    "best", "tied" where the interval overlaps that of the best, or "". Predictions and seconds are relative to CFG's.
+    """
+    table = table.assign(similarity=1 - table["distance"].fillna(table["nearest"]))
+    rows = [
+        (*key, name, *found)
+        for key, part in table.groupby(list(by), sort=False)
+        for name in MEASURES
+        if (found := _measured(part, name, real))
+    ]
+    rows = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]).assign(best="")
+    for _, part in rows.groupby([*(name for name in by if name != "method"), "measure"]):
+        more, cfg = MEASURES[part["measure"].iloc[0]][1], part.loc[part["method"] == "CFG", "value"]
+        if more is None and len(cfg) and cfg.iloc[0]:
+            rows.loc[part.index, ["value", "low", "high"]] /= cfg.iloc[0]
+        elif more is not None:
+            top = part.loc[part["value"].idxmax() if more else part["value"].idxmin()]
+            tied = (part["low"] <= top["high"]) & (part["high"] >= top["low"])
+            rows.loc[part.index, "best"] = np.where(part.index == top.name, "best", np.where(tied, "tied", ""))
+    return rows
+
+
+def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
+    """One line a method, one column a measure, "value [low, high]"; ** the best, * tied with it."""
+    text = [f"{r.value:.2f}" + (f" [{r.low:.2f}, {r.high:.2f}]" if r.low < r.high else "") for r in rows.itertuples()]
+    shown = rows.assign(text=pd.Series(text, rows.index) + rows["best"].map({"best": "**", "tied": "*", "": ""}))
+    table = shown.pivot(index="method", columns="measure", values="text").reindex(rows["method"].unique())
+    return table[[m for m in measures if m in table]].rename(columns={m: label for m, (label, _) in MEASURES.items()})
+
+
+def export(rows: pd.DataFrame, path: str | Path) -> None:
+    """Write a summary as PATH.csv (one row a measure), PATH.md and PATH.tex (a table a scenario and group)."""
+    rows.to_csv(f"{path}.csv", index=False, float_format="%.5g")
+    parts = {", ".join(key): wide(part) for key, part in rows.groupby(["scenario", "group"], sort=False)}
+    Path(f"{path}.md").write_text("\n".join(f"## {n}\n\n{t.to_markdown()}\n" for n, t in parts.items()))
+    Path(f"{path}.tex").write_text("\n".join(t.to_latex(caption=n, escape=True) for n, t in parts.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", default=SCENARIOS, help=f"of {', '.join(names())}, or .yaml files")
+    parser.add_argument("--profile", choices=PROFILES, default="reader", help="how much")
+    parser.add_argument("--device", help="default: cpu; of several processes each its own GPU")
+    parser.add_argument("--parts", type=Path, default=Path("build/comparison"), help="where it resumes from")
+    parser.add_argument("--out", type=Path, default=Path("build/comparison.parquet"), help="the table")
+    options, team = parser.parse_args(), processes()
+    device = options.device or (str(team.device) if team.num_processes > 1 else "cpu")
+    scenarios = [read(name) for name in options.scenarios]
+    table = pd.concat([compare(scenario, options.profile, options.parts, device) for scenario in scenarios])
+    if team.is_main_process:
+        table.attrs["made_with"] = made_with(scenarios, options.profile)
+        table.to_parquet(options.out, index=False)
+        print(f"{len(table)} samples in {options.out}; parts in {options.parts}")
+    team.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Scenarios: what is sampled, with which prompts, and how it is judged. One yaml file each, in data/scenarios.
+
+Bundled and published checkpoints are described alike. What is not known of one is left out of its tables: the objects'
+names and boxes of Stable Diffusion's prompts, say. Relative paths in a file start at its own folder.
+
+Words: ``distance`` is the copy distance to the nearest picture learned with the prompt, ``nearest`` to the nearest
+picture learned with any prompt, ``copied`` whether a sample is within the scenario's radius.
+"""
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+
+from . import metrics
+from .basin import estimate_attractor
+from .forks import Sweep
+from .models import Denoiser, data_folder, load, read_pictures
+from .sampling import Trajectory
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+
+
+def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
+    """The prompts in ``path``, a row each, in a format in which the field shares them.
+
+    "csv" has a header with prompt (the bundled ones also object, kind, share, attractor, left, top, size), "wen" JSON
+    lines with caption, url and index, "lines" one prompt a line, "pairs" a folder of texts, each beside its picture,
+    "dcr" a JSON object: path of a picture -> its captions, of which the first is used.
+    """
+    if format == "csv":
+        table = pd.read_csv(path, keep_default_na=False, quoting=csv.QUOTE_MINIMAL)
+        for column in {"attractor", "swapped"} & {*table.columns}:
+            table[column] = [str(path.parent / picture) for picture in table[column]]
+        return table
+    if format == "pairs":
+        return pd.DataFrame([{"prompt": p.read_text().strip(), "index": p.stem} for p in sorted(path.glob("*.txt"))])
+    text = path.read_text("utf-8-sig")
+    if format == "dcr":
+        return pd.DataFrame([{"prompt": c[0], "index": Path(p).stem} for p, c in json.loads(text).items()])
+    lines = text.removesuffix("\n").split("\n")  # captions hold other separators of lines
+    if format == "wen":
+        return pd.DataFrame(map(json.loads, lines)).rename(columns={"caption": "prompt"})
+    if format == "lines":
+        return pd.DataFrame({"prompt": lines})
+    raise ValueError(f"no prompt format {format!r}: give csv, wen, lines, pairs or dcr")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One scenario, as its file has it; `read` makes it.
+
+    Attributes:
+        model, unet, resolution: as `models.load` takes them. weights_url says where the weights are.
+        prompts: group -> file, format (of `read_list`) and url of a list, or texts (name -> prompt).
+        static_transition_point, opposite_until: timesteps, the latter by default the former. late_start: the timestep
+            from which guidance copies no more, where it was measured.
+        references: pattern of the pictures learned with a prompt, with its {index} or its {row} in the list; None
+            where the list names them itself, in a column attractor.
+        copy, radius: name of the `metrics.CopyDistance` and the distance up to which a sample is a copy. The default
+            is a similarity of 0.5, from which the field speaks of copies (Somepalli et al., CVPR 2023).
+        layout_floor: the layout similarity from which a template is copied.
+        alignment: name of the `metrics.Alignment`.
+        here: folder of the file.
+    """
+
+    name: str
+    title: str
+    source: str
+    model: str
+    prompts: dict
+    static_transition_point: int
+    guidance_scale: float = 7.5
+    steps: int = 50
+    opposite_scale: float = 2.0
+    opposite_until: int | None = None
+    late_start: int | None = None
+    unet: str | None = None
+    resolution: int | None = None
+    references: str | None = None
+    copy: str = "sscd"
+    radius: float = 0.5
+    layout_floor: float | None = None
+    alignment: str = "openai/clip-vit-large-patch14"
+    weights_url: str = ""
+    reason: str = ""
+    here: Path = field(default_factory=data_folder, repr=False)
+
+    def load(self, **options) -> Denoiser:
+        """The denoiser; ``options`` as of `models.load`. Where weights are missing, the error says where they are."""
+        model = str(self.here / self.model) if self.model.startswith(".") else self.model
+        try:
+            return load(model, unet=self.unet and self.here / self.unet, resolution=self.resolution, **options)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"{error} (weights of {self.name}: {self.weights_url or 'bundled'})") from error
+
+    def table(self, group: str = "memorized") -> pd.DataFrame:
+        """The prompts of ``group``, a row each, or a row for each reference picture: prompt and what the list has."""
+        listed = self.prompts[group]
+        if "texts" in listed:
+            table = pd.DataFrame(listed["texts"].items(), columns=["index", "prompt"])
+        else:
+            path = self.here / listed["file"]
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing: fetch it from {listed.get('url')} and put it there")
+            table = read_list(path, listed.get("format", "csv"))
+        if self.references and group == "memorized":
+            names = table.get("index", pd.Series(range(len(table))))
+            patterns = [self.references.format(index=name, row=row) for row, name in enumerate(names)]
+            found = [sorted(p for p in self.here.glob(q) if p.suffix.lower() in PICTURES) for q in patterns]
+            table = table.assign(attractor=[[*map(str, f)] for f in found]).explode("attractor", ignore_index=True)
+        return table
+
+
+def names() -> list[str]:
+    """The scenarios that come with the package.
+
+    >>> names()[:3]
+    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
+    """
+    return sorted(path.stem for path in data_folder().glob("scenarios/*.yaml"))
+
+
+def read(name: str | Path) -> Scenario:
+    """The scenario called ``name``, one of `names`, or the one in the YAML file ``name``.
+
+    >>> read("emoji-duplicated").guidance_scale
+    5.0
+    """
+    path = Path(name) if str(name).endswith(".yaml") else data_folder() / "scenarios" / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(f"no scenario {str(name)!r}: give one of {names()}, or a .yaml file")
+    return Scenario(name=path.stem, here=path.parent, **yaml.safe_load(path.read_text()))
+
+
+class Judges:
+    """The models that look at a scenario's pictures: a run or a sweep -> one table, a row a sample.
+
+    ``distance`` and ``alignment`` are None where their weights are missing, and ``notices`` says why. ``references``
+    are the descriptors [K, F] of the K pictures learned with each prompt, ``learned`` [N, F] those of all prompts of
+    the group memorized. ``objects`` are all names of objects in the prompts.
+    """
+
+    def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
+        self.scenario, self.notices, self.references = scenario, [], {}
+        self._seen = hashlib.sha256()  # of the reference pictures
+        self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
+        self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
+        tables = {group: self._made(scenario.table, group) for group in scenario.prompts}
+        tables = {group: table for group, table in tables.items() if table is not None}
+        self.objects = sorted({name for table in tables.values() if "object" in table for name in table["object"]})
+        for table in tables.values() if self.distance else ():
+            if "attractor" in table:
+                for prompt, paths in table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]:
+                    self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
+        memorized = tables["memorized"]["prompt"].unique() if "memorized" in tables else []
+        learned = [self.references[prompt] for prompt in memorized if prompt in self.references]
+        self.learned = torch.cat(learned) if learned else None
+
+    def _made(self, make, *given):
+        """What ``make(*given)`` gives; None, and a notice, where a file is missing."""
+        try:
+            return make(*given)
+        except FileNotFoundError as missing:
+            self.notices.append(f"{make.__name__} {given[0]}: {missing}")
+
+    def _learn(self, prompt: str, pictures: list[Tensor]) -> None:
+        self.references[prompt] = torch.cat([self.distance.features(picture) for picture in pictures])
+        pixels = [(picture * 255).round().byte().numpy().tobytes() for picture in pictures]
+        self._seen.update(prompt.encode() + b"".join(pixels))
+
+    def settings(self) -> dict:
+        """What a table depends on beside the run: weights, references and limits; for the digest of kept tables."""
+        return {
+            "distance": self.distance and self.distance.weights,
+            "alignment": self.alignment and self.alignment.weights,
+            "references": self._seen.hexdigest()[:16],
+            "objects": self.objects,
+            "radius": self.scenario.radius,
+            "layout_floor": self.scenario.layout_floor,
+        }
+
+    def estimate(self, run: Trajectory) -> None:
+        """Take the attractor that ``run``, seeds under CFG from T, shows for each prompt without a reference."""
+        for prompt in dict.fromkeys(run.prompts):
+            if prompt not in self.references:
+                pictures = run.of(prompt).images()
+                self._learn(prompt, [pictures[estimate_attractor(pictures, self.distance).index][None]])
+
+    def __call__(self, run: Trajectory | Sweep, prompts: pd.DataFrame) -> pd.DataFrame:
+        """One row a sample of ``run``, of a sweep a sample and start: what became of it, and what it took.
+
+        Columns: those of ``prompts``, which has each prompt of the run; seed, (start,) calls and gradient_passes;
+        distance, nearest and diversity, the mean distance between a prompt's samples (NaN where unknown); copied (NA
+        where unknown); clip, the image's features [F], and clip_score; object_right and new_and_right, where prompts
+        have an object; layout, where there is a layout_floor; saturated. A template is copied by its layout, a prompt
+        of a list without attractors by ``nearest``.
+        """
+        starts = run.starts if isinstance(run, Sweep) else [np.nan]
+        pictures = run.images().flatten(0, 1) if isinstance(run, Sweep) else run.images()
+        table = prompts.drop_duplicates("prompt").set_index("prompt").loc[run.prompts].reset_index()
+        table = table.loc[table.index.repeat(len(starts))].reset_index(drop=True)
+        table["seed"], table["start"] = np.repeat(run.seeds, len(starts)), np.tile(starts, len(run))
+        table["calls"] = np.repeat(run.network_calls, len(starts))
+        table["gradient_passes"] = np.repeat(getattr(run, "gradient_passes", torch.zeros(len(run))), len(starts))
+        table["saturated"] = metrics.saturated_share(pictures)
+        self._copies(table, pictures)
+        if self.alignment:
+            self._alignment(table, pictures)
+        return table.drop(columns=["attractor", "swapped", *["start"] * (not isinstance(run, Sweep))], errors="ignore")
+
+    def _copies(self, table: pd.DataFrame, pictures: Tensor) -> None:
+        """Add distance, nearest, diversity, layout and copied."""
+        table[["distance", "nearest", "diversity"]] = np.nan
+        if self.distance:
+            features = self.distance.features(pictures)
+            own = [self.references.get(p, torch.full_like(features[:1], torch.nan)) for p in table["prompt"]]
+            table["distance"] = [float((1 - known @ f).min()) for known, f in zip(own, features, strict=True)]
+            if self.learned is not None:
+                table["nearest"] = (1 - features @ self.learned.T).amin(dim=1)
+            for rows in table.groupby(["prompt", "start"], dropna=False).indices.values():
+                table.loc[rows, "diversity"] = float(metrics.diversity(features[rows]))
+        judged = table["distance"] if "attractor" in table else table["distance"].fillna(table["nearest"])
+        copied = (judged <= self.scenario.radius).astype("boolean").mask(judged.isna())
+        if self.scenario.layout_floor is not None and "left" in table:
+            boxes = [*table[["left", "top", "size"]].itertuples(index=False, name=None)]
+            table["layout"] = metrics.layout_similarity(pictures, read_pictures(table["attractor"]), boxes)
+            copied = copied.mask(table["kind"] == "template", table["layout"] > self.scenario.layout_floor)
+        table["copied"] = copied if copied.isna().any() else copied.astype(bool)
+
+    def _alignment(self, table: pd.DataFrame, pictures: Tensor) -> None:
+        """Add clip, clip_score, object_right and new_and_right."""
+        clip = self.alignment.picture_features(pictures)
+        table["clip"] = list(clip.half().numpy())
+        table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
+        if "object" in table:
+            objects = table["object"].tolist()
+            table["object_right"] = metrics.object_right(self.alignment, pictures, objects, self.objects).numpy()
+            table["new_and_right"] = table["object_right"] & ~table["copied"]
+
+
+def unseen_scenes() -> tuple[Tensor, list[str]]:
+    """The bundled scenes that no training saw: pictures [B, 3, height, width] and the name of each one's object."""
+    table = pd.read_csv(data_folder() / "unseen" / "metadata.csv")
+    return read_pictures([data_folder() / "unseen" / name for name in table["file_name"]]), table["object"].tolist()
