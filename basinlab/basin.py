@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .forks import Bisection, Sweep, bisect
+from .forks import Bisection, bisect
 from .metrics import mean_pairwise_distance
 from .models import Denoiser
 from .sampling import Trajectory, new_scheduler, sample_from
@@ -24,32 +24,12 @@ from .statistics import bootstrap_interval, wilson_interval
 from .store import digest
 
 
-@dataclass(frozen=True)
-class Ball:
-    """The radius epsilon of the perceptual ball and what it was calibrated on.
+def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float = 0.001) -> float:
+    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of negatives.
 
-    Attributes:
-        radius: epsilon; a picture within it of an attractor counts as memorized.
-        false_positive_rate: the share of each set of negatives that may lie inside.
-        negatives: name of each set -> number of distances in it.
+    ``negatives`` are distances to attractors of pictures that are no copies, by where the pictures come from: ordinary
+    samples, say, or the attractors' own scenes with the object drawn by another artist.
     """
-
-    radius: float
-    false_positive_rate: float
-    negatives: dict[str, int]
-
-
-def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.001) -> Ball:
-    """The largest ball that keeps the false-positive rate on every set of negatives.
-
-    Args:
-        negatives: name -> distances to attractors of pictures that are no copies, such as ordinary
-            samples, or the attractors' own scenes with the object drawn by another artist.
-
-    Raises ValueError when a set is empty, a distance is not finite or the rate is not in [0, 1).
-    """
-    if not 0 <= false_positive_rate < 1:
-        raise ValueError(f"false_positive_rate is {false_positive_rate}: give at least 0 and less than 1")
     radii = []
     for name, distances in negatives.items():
         if not len(distances) or not torch.isfinite(distances).all():
@@ -58,34 +38,16 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
         allowed = int(false_positive_rate * len(ordered))
         # just under the first distance that must stay outside
         radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))
-    return Ball(min(radii), false_positive_rate, {name: d.numel() for name, d in negatives.items()})
+    return min(radii)
 
 
-def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
-    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, inside or not.
-
-    Args:
-        run: B samples, or B samples at F start times.
-        attractors: [B, 3, height, width], the attractor of each sample's prompt.
-        distance: D, such as `metrics.CopyDistance`.
-    """
-    if len(attractors) != len(run.prompts):
-        raise ValueError(f"{len(attractors)} attractors for {len(run.prompts)} samples: give one for each")
-    starts = {"start": run.starts} if isinstance(run, Sweep) else {}
-    pictures = run.images().flatten(0, 1) if starts else run.images()
-    table = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}).assign(**{k: [v] * len(run.prompts) for k, v in starts.items()})
-    table = table.explode("start", ignore_index=True).astype({"start": int}) if starts else table
-    distances = distance(pictures, attractors.repeat_interleave(len(pictures) // len(attractors), dim=0))
-    return table.assign(distance=distances, inside=distances <= ball.radius)
-
-
-def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
-    """Share of samples with ``of`` true in each group of ``by``: columns n, captured, low, high (Wilson, 95%).
+def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "copied") -> pd.DataFrame:
+    """Share of samples with ``of`` true in each group of ``by``: columns n, value, low, high (Wilson, 95%).
 
     Samples of which it is not known (NA) do not count.
     """
-    result = table.dropna(subset=of).groupby(by, sort=False)[of].agg(n="size", captured="mean").reset_index()
-    result["low"], result["high"] = wilson_interval(result["captured"] * result["n"], result["n"])
+    result = table.dropna(subset=of).groupby(by, sort=False)[of].agg(n="size", value="mean").reset_index()
+    result["low"], result["high"] = wilson_interval(result["value"] * result["n"], result["n"])
     return result
 
 
@@ -150,11 +112,11 @@ def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFram
     return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
 
 
-def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
+def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     """Definition 3, measured: at which start time the outcome of each (prompt, seed) flips.
 
     Args:
-        table: of `outcomes` of a sweep; the same start times for every sample.
+        table: a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
         of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
 
     Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured),
@@ -167,11 +129,11 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
     wide = wide[sorted(wide.columns, reverse=True)]
-    inside, starts = wide.to_numpy(bool), wide.columns.tolist()
+    copied, starts = wide.to_numpy(bool), wide.columns.tolist()
     # wrong[m]: start times that disagree with "captured at the first m, free at the rest"
-    free_early = np.cumsum(~inside, axis=1)
-    held_late = inside.sum(axis=1, keepdims=True) - np.cumsum(inside, axis=1)
-    wrong = np.concatenate([inside.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
+    free_early = np.cumsum(~copied, axis=1)
+    held_late = copied.sum(axis=1, keepdims=True) - np.cumsum(copied, axis=1)
+    wrong = np.concatenate([copied.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
     flip = wrong.argmin(axis=1)
     points = _points(wide.index.to_frame(index=False), flip, starts)
     against = wrong.min(axis=1)
@@ -184,7 +146,7 @@ def transition_points_by_bisection(
     seeds: Sequence[int],
     attractors: Tensor,
     distance,
-    ball: Ball,
+    radius: float,
     starts: Sequence[int] | None = None,
     **options,
 ) -> tuple[pd.DataFrame, Bisection]:
@@ -199,10 +161,10 @@ def transition_points_by_bisection(
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
-        return distance(pictures, attractors[rows]) <= ball.radius
+        return distance(pictures, attractors[rows]) <= radius
 
     name = getattr(distance, "name", type(distance).__name__)
-    judged_by = f"{name}, {ball.radius!r}, {digest(attractors) if options.get('folder') else ''}"
+    judged_by = f"{name}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
     found = bisect(denoiser, prompts, seeds, captured, starts, judged_by=judged_by, **options)
     samples = pd.DataFrame({"prompt": found.prompts, "seed": found.seeds})
     return _points(samples, found.captured.numpy(), found.starts), found
@@ -231,26 +193,32 @@ def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def membership(
-    denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, ball: Ball, **options
+    denoiser: Denoiser,
+    prompt: str,
+    states: Tensor,
+    timestep: int,
+    attractor: Tensor,
+    distance,
+    radius: float,
+    guidance=None,
+    **options,
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
-    Args:
-        states: [B, C, H, W]; from each, CFG runs to the end.
-        attractor: one picture.
-        options: of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
+    From each of ``states`` [B, C, H, W] ``guidance`` (default CFG 7.5) runs to the end; ``attractor`` is one picture,
+    ``options`` are of `sampling.sample_from`.
     """
-    run = sample_from(denoiser, [prompt] * len(states), states, timestep, progress=False, **options)
-    return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= ball.radius
+    run = sample_from(denoiser, [prompt] * len(states), states, timestep, guidance, progress=False, **options)
+    return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= radius
 
 
 def escapes(
     run: Trajectory,
     attractors: Tensor,
     distance,
-    ball: Ball,
+    radius: float,
     timesteps: Sequence[int],
-    radii: Sequence[float],
+    pushes: Sequence[float],
     guidance=None,
     *,
     seed: int = 0,
@@ -264,13 +232,14 @@ def escapes(
     Args:
         run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
         attractors: [B, 3, height, width].
-        radii: r; the same direction for all r of a state.
+        pushes: r; the same direction for all r of a state.
         options: of `sampling.sample_from`.
 
-    Returns one row a push: prompt, seed, t, noise (the state's share of it), radius, escaped.
+    Returns one row a push: prompt, seed, t, noise (the state's share of it), push, escaped.
     """
-    times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(radii), []
-    scheduler, generator = new_scheduler(run.denoiser, options.get("scheduler"), steps), torch.Generator().manual_seed(seed)
+    times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(pushes), []
+    scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
+    generator = torch.Generator().manual_seed(seed)
     for t in timesteps:
         if t not in times:
             raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
@@ -280,39 +249,32 @@ def escapes(
         # some schedulers' states are larger than x_t by a factor
         factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
         noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
-        pushed = torch.cat([states + r * noise * direction for r in radii])
+        pushed = torch.cat([states + r * noise * direction for r in pushes])
         again = {"seeds": run.seeds * count, "steps": steps, **options}
         end = sample_from(run.denoiser, run.prompts * count, pushed, t, guidance, **again)
-        inside = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= ball.radius
+        copied = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= radius
         table = pd.DataFrame({"prompt": end.prompts, "seed": end.seeds, "t": t, "noise": float(noise)})
-        parts.append(table.assign(radius=np.repeat(list(radii), len(run)), escaped=~inside))
+        parts.append(table.assign(push=np.repeat(list(pushes), len(run)), escaped=~copied))
     return pd.concat(parts, ignore_index=True)
 
 
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
-    """The radius at which half of the pushed trajectories escape, over t: the width of the paper's funnel.
+    """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    Args:
-        table: of `escapes`.
-
-    Returns columns t, width, low, high (95% bootstrap over trajectories), the same in the latents' own
-    units, times the noise at t (absolute, absolute_low, absolute_high), and n; the share that escapes is
-    interpolated between radii. Infinite where fewer than half escape at the largest; where half do at the
-    smallest, that one, which is then too large.
+    ``table`` is of `escapes`. Returns columns t, value, low, high (95% bootstrap over trajectories), in the latents'
+    own units, and n. The share that escapes is interpolated between pushes. The width is infinite where fewer than half
+    escape at the largest push; where half do at the smallest, it is that one, which is then too large.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
-        wide = part.pivot(index=["prompt", "seed"], columns="radius", values="escaped").astype(float)
-        radii, values = wide.columns.to_numpy(), wide.to_numpy()
+        wide = part.pivot(index=["prompt", "seed"], columns="push", values="escaped").astype(float)
+        pushes, values = wide.columns.to_numpy() * part["noise"].iloc[0], wide.to_numpy()
 
-        def width(drawn: np.ndarray, radii=radii) -> float:
-            return _half(radii, drawn.mean(axis=0))
+        def width(drawn: np.ndarray, pushes=pushes) -> float:
+            return _half(pushes, drawn.mean(axis=0))
 
-        low, high = bootstrap_interval(values, width, resamples=500)
-        found = np.array([width(values), low, high])
-        rows.append((t, *found, *(found * part["noise"].iloc[0]), len(values)))
-    names = ["t", "width", "low", "high", "absolute", "absolute_low", "absolute_high", "n"]
-    return pd.DataFrame(rows, columns=names)
+        rows.append((t, width(values), *bootstrap_interval(values, width, resamples=500), len(values)))
+    return pd.DataFrame(rows, columns=["t", "value", "low", "high", "n"])
 
 
 def _half(radii: np.ndarray, escaped: np.ndarray) -> float:

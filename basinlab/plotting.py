@@ -6,6 +6,9 @@ error bars). Both read the columns ``value``, ``low`` and ``high``. The same thi
 figure was made from.
 """
 
+import base64
+import html
+import io
 import json
 import os
 import subprocess
@@ -18,8 +21,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from filelock import FileLock
+from matplotlib import colors
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 from torch import Tensor
 
 from .store import output_folder
@@ -216,17 +221,17 @@ def over_start(table: pd.DataFrame, hue: str, ylabel: str = "share copied", titl
 
 
 def intervals(table: pd.DataFrame, panel: str, hue: str | None = None, **axes) -> Figure:
-    """Value, low and high of each ``strategy``, a row each; one panel a measure, a dotted line at CFG's value."""
-    names, hues = list(dict.fromkeys(table["strategy"])), [None] if hue is None else list(dict.fromkeys(table[hue]))
+    """Value, low and high of each ``method``, a row each; one panel a measure, a dotted line at CFG's value."""
+    names, hues = list(dict.fromkeys(table["method"])), [None] if hue is None else list(dict.fromkeys(table[hue]))
     figure, panels = _panels(table, panel, 4, (3.6, 0.34 * len(names) + 1.2), sharey=True)
     for label, axis, rows in panels:
         for k, of in enumerate(hues):
             part = rows if of is None else rows[rows[hue] == of]
-            at = [names.index(name) + (k - (len(hues) - 1) / 2) / (len(hues) + 1) for name in part["strategy"]]
+            at = [names.index(name) + (k - (len(hues) - 1) / 2) / (len(hues) + 1) for name in part["method"]]
             for y, bar, row in zip(at, errors(part).T, part.itertuples(), strict=True):
-                colour = COLOURS.get(row.strategy if of is None else of, "black")
+                colour = COLOURS.get(row.method if of is None else of, "black")
                 axis.errorbar(row.value, y, xerr=bar[:, None], fmt="o", capsize=2, color=colour)
-        for value in rows.loc[rows["strategy"] == "CFG", "value"]:
+        for value in rows.loc[rows["method"] == "CFG", "value"]:
             axis.axvline(value, color="black", linestyle=":", linewidth=0.8)
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names, **axes)
     panels[0][1].invert_yaxis()
@@ -270,7 +275,7 @@ def trade_offs(settings: pd.DataFrame, panels: Sequence[str], across: str, upwar
 
 
 def heat_map(table: pd.DataFrame, label: str) -> Figure:
-    """A value in 0..1 for each strategy (rows) and scenario (columns), written into its cell."""
+    """A value in 0..1 for each method (rows) and scenario (columns), written into its cell."""
     figure, axis = plt.subplots(figsize=(1.9 * table.shape[1] + 2.4, 0.34 * len(table) + 1.2))
     sns.heatmap(table, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", ax=axis, cbar_kws={"label": label})
     axis.set(xlabel="", ylabel="")
@@ -385,3 +390,54 @@ def funnel_section(inside: Tensor, places: Tensor, paths: Mapping[str, Tensor], 
     axis.legend(title="shaded: the basin", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
+
+
+def _address(picture: Tensor) -> str:
+    """A picture [3, h, w] in 0..1 as a small PNG in a data address."""
+    pixels, buffer = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()), io.BytesIO()
+    pixels.quantize(64).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
+    """A linked figure without a kernel: drag the start of guidance along the magnitude, and the picture follows.
+
+    ``samples`` has the columns prompt, seed, before, start, copied and picture [3, h, w]; ``curves`` has prompt, seed,
+    before, t and magnitude. The page brings its library (Vega) with it.
+    """
+    import altair as alt
+    from IPython.display import HTML
+
+    alt.data_transformers.disable_max_rows()
+    starts = sorted(samples["start"].unique(), reverse=True)
+    rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
+    labels = [f"from t = {t}: {'copy' if c else 'new'}" for t, c in zip(rows["start"], rows["copied"], strict=True)]
+    rows = rows.assign(picture=[_address(p) for p in rows["picture"]], k=rows["start"].map(starts.index), label=labels)
+    options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
+    choices = [
+        alt.param(name=name, value=values[0], bind=alt.binding_select(options=values, name=f"{name} "))
+        for name, values in options.items()
+    ]
+    drag = "pointerdown, [pointerdown, window:pointerup] > window:pointermove"
+    slider = alt.binding_range(min=0, max=len(starts) - 1, step=1, name="start of guidance ")
+    start = alt.selection_point(name="start", fields=["k"], value=0, nearest=True, on=drag, clear=False, bind=slider)
+    chosen = "datum.prompt == prompt && datum.seed == seed && datum.before == before"
+    x = alt.X("t:Q", scale=alt.Scale(domain=[1000, 0]), title="timestep t")
+    line = alt.Chart(curves).transform_filter(chosen).mark_line(color="gray")
+    line = line.encode(x, alt.Y("magnitude:Q", title="guidance magnitude before guidance"))
+    colours = alt.Scale(domain=[True, False], range=[*map(colors.to_hex, (COLOURS["copied"], COLOURS["free"]))])
+    points = alt.Chart(rows).transform_filter(chosen + " && isValid(datum.magnitude)").mark_point(filled=True)
+    points = points.encode(
+        alt.X("start:Q"),
+        alt.Y("magnitude:Q"),
+        color=alt.Color("copied:N", scale=colours),
+        size=alt.condition(start, alt.value(260), alt.value(60)),
+    )
+    here = alt.Chart(rows).transform_filter(chosen).transform_filter(start)
+    picture = here.mark_image(width=192, height=192).encode(url="picture:N", x=alt.value(100), y=alt.value(100))
+    label = here.mark_text(fontSize=15).encode(text="label:N", x=alt.value(100), y=alt.value(215))
+    left = alt.layer(line, points.add_params(start)).properties(width=420, height=220)
+    chart = (left | alt.layer(picture, label).properties(width=200, height=230)).add_params(*choices)
+    page = html.escape(chart.configure_view(stroke=None).to_html(inline=True), quote=True)
+    frame = 'width="100%" height="420" style="border: 0" title="the start of guidance, to be dragged"'
+    return HTML(f'<iframe srcdoc="{page}" {frame}></iframe>')

@@ -59,16 +59,54 @@ def quantile_interval(values: Sequence[np.ndarray], q: float = 0.95) -> tuple[fl
     return quantile(prompts), *bootstrap_interval(prompts, quantile, resamples=500)
 
 
-def verdict(low: float, high: float, goal: float, kind: str) -> str:
-    """Whether a number with the interval ``low`` to ``high`` is "at least" or "at most" ``goal``: yes, no or undecided.
+def told(value, low=None, high=None, n: int | None = None, form: str = ".0%") -> str:
+    """A value, or a row of a table with one, with its 95% interval and number of samples, as a sentence has it.
 
-    >>> verdict(0.6, 0.8, 0.5, "at least"), verdict(0.4, 0.8, 0.5, "at least"), verdict(0.6, 0.8, 0.5, "at most")
+    >>> told(0.571, 0.52, 0.61, 48)
+    '**57%** (52% to 61%, n = 48)'
+    """
+    if hasattr(value, "value"):
+        value, low, high, n = value.value, value.low, value.high, value.n
+    return f"**{value:{form}}** ({low:{form}} to {high:{form}}, n = {n:.0f})"
+
+
+def verdict(low: float, high: float, least: float = -np.inf, most: float = np.inf) -> str:
+    """Whether a number whose interval is ``low`` to ``high`` lies within ``least`` and ``most``: yes, no or undecided.
+
+    >>> verdict(0.6, 0.8, least=0.5), verdict(0.4, 0.8, least=0.5), verdict(0.6, 0.8, most=0.5)
     ('yes', 'undecided', 'no')
     """
-    if kind not in ("at least", "at most"):
-        raise ValueError(f"kind is {kind!r}: give 'at least' or 'at most'")
-    above, below = (low >= goal, high < goal) if kind == "at least" else (high <= goal, low > goal)
-    return "yes" if above else "no" if below else "undecided"
+    if least <= low and high <= most:
+        return "yes"
+    return "no" if high < least or low > most else "undecided"
+
+
+class Claims:
+    """Claims with what was found: value, 95% interval, n, the goal that was set before, and the verdict.
+
+    >>> claims = Claims()
+    >>> claims.share("the die shows six", [True, False, False, False], most=0.5)
+    >>> claims.table()[["claim", "value", "n", "goal", "verdict"]].to_dict("records")
+    [{'claim': 'the die shows six', 'value': 0.25, 'n': 4, 'goal': 'at most 0.5', 'verdict': 'undecided'}]
+    """
+
+    def __init__(self):
+        self.rows = []
+
+    def number(self, claim: str, value: float, low: float, high: float, n: int, least=-np.inf, most=np.inf) -> None:
+        """A claim that a number is at ``least`` or at ``most`` so much, or both; without a goal it is reported."""
+        goals = [f"at {word} {goal:.3g}" for word, goal in (("least", least), ("most", most)) if np.isfinite(goal)]
+        found = verdict(low, high, least, most) if goals else "reported"
+        self.rows.append((claim, float(value), float(low), float(high), int(n), ", ".join(goals), found))
+
+    def share(self, claim: str, truth, least: float = -np.inf, most: float = np.inf) -> None:
+        """A claim about the share of ``truth`` [n] bool, with Wilson's interval."""
+        truth = np.asarray(truth, bool)
+        self.number(claim, truth.mean(), *wilson_interval(truth.sum(), len(truth)), len(truth), least, most)
+
+    def table(self) -> pd.DataFrame:
+        """One row a claim."""
+        return pd.DataFrame(self.rows, columns=["claim", "value", "low", "high", "n", "goal", "verdict"])
 
 
 def roc(positives: Tensor, negatives: Tensor) -> pd.DataFrame:
