@@ -108,6 +108,12 @@ class MixtureDenoiser(Denoiser):
         """log p_t(x | prompt) without its constant, [B]: what a perfect noise-aware classifier would rest on."""
         return self._parts(latents, timestep, self.embed([prompt]))[0].logsumexp(dim=1)
 
+    def classifier_gradient(self, latents: Tensor, timestep: int, prompt: str) -> Tensor:
+        """The gradient of a perfect noise-aware classifier, grad_x log p_t(prompt | x): [B, 2, 1, 1]."""
+        x = latents.clone().requires_grad_()
+        log_odds = self.log_density(x, timestep, prompt) - self.log_density(x, timestep, "")
+        return torch.autograd.grad(log_odds.sum(), x)[0]
+
     def draw(self, count: int, prompt: str, seed: int = 0) -> Tensor:
         """Clean points of a prompt, [count, 2, 1, 1]."""
         generator = torch.Generator().manual_seed(seed)
