@@ -199,7 +199,7 @@ def dots(
 
     ``title`` is the legend's; ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...).
     """
-    figure, panels = _panels(table, panel, 3, (4.2, 3.1) if panel else (6.6, 3.8), sharey=axes.pop("sharey", True))
+    figure, panels = _panels(table, panel, 3, (4.2, 3.1) if panel else (6.6, 3.8), sharey=True)
     for name, axis, rows in panels:
         for label, part in [(None, rows)] if hue is None else rows.groupby(hue, sort=False):
             line = {"marker": "o", "capsize": 3, "color": COLOURS.get(label, "black"), "label": label}

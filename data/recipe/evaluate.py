@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from basinlab import metrics
+from basinlab.basin import calibrate_radius
 from basinlab.comparison import MAIN, processes, run_grid
 from basinlab.guidance import ConstantGuidance, StaticTransitionPoint
 from basinlab.models import Denoiser, data_folder
@@ -95,7 +96,7 @@ def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    from .scorecard import ball_of, layout_floor
+    from .scorecard import layout_floor, negatives_of
 
     parser = argparse.ArgumentParser(prog="python -m recipe.evaluate", description=__doc__)
     parser.add_argument("name", nargs="?", default=MAIN)
@@ -107,8 +108,8 @@ def main() -> None:
     if team.is_main_process:
         path = data_folder() / scenario.model / "evaluation.parquet"
         table.to_parquet(path, index=False)
-        ball = ball_of(table, scenario)
-        print(f"{len(table)} samples in {path}; radius: {ball.radius!r}, layout_floor: {layout_floor(scenario)!r}")
+        radius = calibrate_radius(negatives_of(table, scenario, metrics.CopyDistance()))
+        print(f"{len(table)} samples in {path}; radius: {radius!r}, layout_floor: {layout_floor(scenario)!r}")
     team.destroy_process_group()
 
 

@@ -5,22 +5,15 @@ interval, n, the goal and whether it holds. Shares have Wilson intervals; other 
 percentile bootstrap, over prompts where samples of a prompt belong together.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pandas as pd
 import torch
 
 from basinlab import metrics
-from basinlab.basin import Ball, calibrate_ball, first_local_minimum
+from basinlab.basin import first_local_minimum
 from basinlab.models import Denoiser, read_pictures
 from basinlab.scenarios import Judges, Scenario, unseen_scenes
-from basinlab.statistics import auc, bootstrap_interval, wilson_interval
-
-
-def ball_of(table: pd.DataFrame, scenario: Scenario) -> Ball:
-    """The ball of a bundled checkpoint: at most 0.1% of what is no copy may lie inside any duplicate's ball."""
-    return calibrate_ball(negatives_of(table, scenario, metrics.CopyDistance()))
+from basinlab.statistics import Claims, auc, bootstrap_interval
 
 
 def negatives_of(table: pd.DataFrame, scenario: Scenario, distance: metrics.CopyDistance) -> dict[str, torch.Tensor]:
@@ -87,140 +80,90 @@ def _over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
     )
 
 
-@dataclass
-class Card:
-    """Claims as they are found, each with its value, 95% interval, n, goal and whether it holds.
-
-    >>> card = Card()
-    >>> card.share("the die shows six", [True, False, False, False], most=0.5)
-    >>> card.table().round(2).to_dict("records")  # doctest: +NORMALIZE_WHITESPACE
-    [{'claim': 'the die shows six', 'value': 0.25, 'low': 0.05, 'high': 0.7, 'n': 4,
-      'goal': 'at most 0.5', 'holds': 'yes'}]
-    """
-
-    rows: list[tuple] = field(default_factory=list)
-
-    def add(self, claim: str, value: float, interval: tuple[float, float], n: int, goal: str, holds: bool | None):
-        """A claim whose verdict is known; None is "reported"."""
-        verdict = {True: "yes", False: "NO", None: "reported"}[None if holds is None else bool(holds)]
-        self.rows.append((claim, float(value), *map(float, interval), int(n), goal, verdict))
-
-    def share(self, claim: str, truth, least: float | None = None, most: float | None = None):
-        """A claim about the share of ``truth`` [n] bool, which is to be at ``least`` or at ``most`` so much."""
-        truth = np.asarray(truth, bool)
-        value, goal, holds = truth.mean(), "", None
-        if least is not None:
-            goal, holds = f"at least {least:g}", value >= least
-        if most is not None:
-            goal, holds = f"at most {most:g}", value <= most
-        self.add(claim, value, wilson_interval(truth.sum(), len(truth)), len(truth), goal, holds)
-
-    def table(self) -> pd.DataFrame:
-        """One row a claim: claim, value, low, high (95%), n, goal, holds ("yes", "NO" or "reported")."""
-        return pd.DataFrame(self.rows, columns=["claim", "value", "low", "high", "n", "goal", "holds"])
-
-
-def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
+def _instruments(claims: Claims, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = unseen_scenes()
     error = (denoiser.decode(denoiser.encode(pictures)) - pictures).square().flatten(1).mean(dim=1)
     psnr = -10 * error.log10().numpy()
-    card.add(
-        "VAE, unseen scenes: PSNR in dB",
-        psnr.mean(),
-        bootstrap_interval(psnr),
-        len(psnr),
-        "at least 28",
-        psnr.mean() >= 28,
-    )
-    card.share(
-        "CLIP, unseen scenes: object named right",
-        metrics.object_right(judges.alignment, pictures, names, judges.objects),
-        0.95,
-    )
+    claims.number("VAE, unseen scenes: PSNR in dB", psnr.mean(), *bootstrap_interval(psnr), len(psnr), least=28)
+    right = metrics.object_right(judges.alignment, pictures, names, judges.objects)
+    claims.share("CLIP, unseen scenes: object right", right, least=0.95)
 
 
-def _memorization(card: Card, table: pd.DataFrame) -> None:
+def _memorization(claims: Claims, table: pd.DataFrame) -> None:
     """CFG from T against CFG late, and the fall between them."""
     always, late = (table.query("group == 'memorized' and guidance == @g") for g in ("cfg", "late"))
-    card.share("memorized, CFG from T: inside the ball", always["inside"], 0.85)
+    claims.share("memorized, CFG from T: copied", always["copied"], least=0.85)
     for share, part in always.groupby("share"):
-        card.share(f"... where the duplicate's share is {share}", part["inside"], 0.95 if share == 0.95 else None)
-    card.share("memorized, CFG late: inside the ball", late["inside"], most=0.05)
-    card.share("memorized, CFG late: object named right", late["object_right"], 0.60)
+        least = 0.95 if share == 0.95 else -np.inf
+        claims.share(f"... where the duplicate's share is {share}", part["copied"], least=least)
+    claims.share("memorized, CFG late: copied", late["copied"], most=0.05)
+    claims.share("memorized, CFG late: object right", late["object_right"], least=0.60)
     sweep = table.query("group == 'sweep'")
 
     def crossings(part: pd.DataFrame) -> list[float]:
-        return half_crossings(part.groupby("start")["inside"].mean())
+        return half_crossings(part.groupby("start")["copied"].mean())
 
     found = crossings(sweep)
+    claims.number("memorized: times that capture falls through 1/2", *[len(found)] * 3, len(sweep), least=1, most=1)
     interval = _over_prompts(sweep, lambda part: (crossings(part) or [np.nan])[0])
-    holds = len(found) == 1 and 300 <= found[0] <= 850
-    value = found[0] if found else np.nan
-    card.add(
-        "memorized: capture falls through 1/2 at start t", value, interval, len(sweep), "once, in 850 to 300", holds
-    )
+    claim = "memorized: start t at which capture falls through 1/2"
+    claims.number(claim, found[0] if found else np.nan, *interval, len(sweep), least=300, most=850)
 
 
-def _ordinary(card: Card, table: pd.DataFrame, denoiser: Denoiser) -> None:
-    """Ordinary prompts are drawn as asked and copy nothing."""
+def _ordinary(claims: Claims, table: pd.DataFrame, denoiser: Denoiser) -> None:
+    """Ordinary prompts are drawn as they say and copy nothing."""
     ordinary = table.query("group == 'ordinary' and guidance == 'cfg'")
-    card.share("ordinary, CFG from T: inside any duplicate's ball", ordinary["near"], most=0.02)
-    card.share("ordinary, CFG from T: object named right", ordinary["object_right"], 0.70)
+    claims.share("ordinary, CFG from T: copies of any duplicate", ordinary["near"], most=0.02)
+    claims.share("ordinary, CFG from T: object right", ordinary["object_right"], least=0.70)
     named = ordinary[ordinary["background"] != ""]
     linear = colour_of_mean(denoiser)
 
     def correlation(part: pd.DataFrame) -> float:
         return noise_colour_correlation(part, linear)
 
-    value = correlation(named)
-    card.add(
-        "ordinary, colour named: its correlation with the noise's mean",
-        value,
-        _over_prompts(named, correlation),
-        len(named),
-        "under 0.2",
-        abs(value) < 0.2,
-    )
+    found = correlation(named), *_over_prompts(named, correlation), len(named)
+    claims.number("ordinary, colour named: its correlation with the noise's mean", *found, least=-0.2, most=0.2)
 
 
-def _saturation(card: Card, table: pd.DataFrame) -> None:
+def _saturation(claims: Claims, table: pd.DataFrame) -> None:
     real = float(metrics.saturated_share(unseen_scenes()[0]).mean())
     for group in ("ordinary", "memorized"):
         values = table.query("group == @group and guidance == 'cfg'")["saturated"].to_numpy() / real
         claim = f"{group}, CFG from T: saturated pixels, times real scenes'"
-        card.add(claim, values.mean(), bootstrap_interval(values), len(values), "at most 3", values.mean() <= 3)
+        claims.number(claim, values.mean(), *bootstrap_interval(values), len(values), most=3)
 
 
-def _magnitude(card: Card, table: pd.DataFrame) -> None:
-    """What the guidance magnitude of unguided trajectories tells."""
+def _magnitude(claims: Claims, table: pd.DataFrame) -> None:
+    """The guidance magnitude of unguided trajectories."""
     parts = [table.query("group == @g and guidance == 'none'") for g in ("memorized", "ordinary")]
     memorized, ordinary = (torch.tensor(np.stack(part["magnitude"])) for part in parts)
     falling = torch.arange(memorized.shape[1], 0, -1)
     found = ~first_local_minimum(memorized, falling).isnan()
-    card.share("memorized, unguided: magnitude has a local minimum", found, 0.7)
+    claims.share("memorized, unguided: magnitude has a local minimum", found, least=0.7)
     first = [m[:, :3].mean(dim=1) for m in (memorized, ordinary)]
-    value, rng = auc(*first), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     drawn = [auc(*(x[rng.integers(len(x), size=len(x))] for x in first)) for _ in range(500)]
-    claim, interval = "AUC of the magnitude at the first 3 steps", np.quantile(drawn, [0.025, 0.975])
-    card.add(claim, value, interval, sum(map(len, first)), "at least 0.9", value >= 0.9)
+    interval = np.quantile(drawn, [0.025, 0.975])
+    claims.number("AUC of the magnitude at the first 3 steps", auc(*first), *interval, sum(map(len, first)), least=0.9)
 
 
-def _templates(card: Card, table: pd.DataFrame, floor: float) -> None:
+def _templates(claims: Claims, table: pd.DataFrame, floor: float) -> None:
     templates = table.query("group == 'template' and guidance == 'cfg'")
-    card.share(f"template, CFG from T: layout kept (similarity over {floor:.2f})", templates["layout"] > floor, 0.8)
-    card.share("template, CFG from T: object named right", templates["object_right"])
+    claim = f"template, CFG from T: layout kept (similarity over {floor:.2f})"
+    claims.share(claim, templates["layout"] > floor, least=0.8)
+    claims.share("template, CFG from T: object right", templates["object_right"])
 
 
 def scorecard(table: pd.DataFrame, denoiser: Denoiser, judges: Judges) -> pd.DataFrame:
-    """Every claim about a bundled checkpoint, off its evaluation, as `Card.table` has them."""
+    """Every claim about a bundled checkpoint, off its evaluation, as `statistics.Claims.table` has them."""
     nearest, radius = np.stack(table["to_duplicates"]).min(axis=1), judges.scenario.radius
-    table = table.assign(inside=table["distance"] <= radius, near=nearest <= radius)
-    card = Card()
-    _instruments(card, denoiser, judges)
-    _memorization(card, table)
-    _ordinary(card, table, denoiser)
-    _saturation(card, table)
-    _magnitude(card, table)
-    _templates(card, table, judges.scenario.layout_floor)
-    return card.table()
+    table = table.assign(copied=table["distance"] <= radius, near=nearest <= radius)
+    claims = Claims()
+    _instruments(claims, denoiser, judges)
+    _memorization(claims, table)
+    _ordinary(claims, table, denoiser)
+    _saturation(claims, table)
+    _magnitude(claims, table)
+    _templates(claims, table, judges.scenario.layout_floor)
+    return claims.table()
