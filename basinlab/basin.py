@@ -1,10 +1,9 @@
 """The paper's definitions, measured: attractor, perceptual ball, capture probability, transition point, funnel.
 
-Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the
-initial noise, inside the ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta.
-Here the ball's radius is calibrated on pictures that are known not to be copies, "whatever
-the noise" becomes many seeds, and a probability comes with its Wilson interval. Definition 3's
-transition point is read off samples whose guidance starts at many timesteps.
+Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the initial noise, inside the
+ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. Here the radius is calibrated on pictures that are
+known not to be copies, "whatever the noise" becomes many seeds, and a probability comes with its Wilson interval.
+Definition 3's transition point is read off samples whose guidance starts at many timesteps.
 """
 
 import math
@@ -26,12 +25,9 @@ from .store import digest
 
 @dataclass(frozen=True)
 class Ball:
-    """The radius epsilon of the perceptual ball and what it was calibrated on.
+    """The radius epsilon of the perceptual ball: a picture within it of an attractor counts as memorized.
 
-    Attributes:
-        radius: epsilon; a picture within it of an attractor counts as memorized.
-        false_positive_rate: the share of each set of negatives that may lie inside.
-        negatives: name of each set -> number of distances in it.
+    ``false_positive_rate`` is the share of each set of negatives that may lie inside, ``negatives`` the size of each.
     """
 
     radius: float
@@ -43,10 +39,8 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
     """The largest ball that keeps the false-positive rate on every set of negatives.
 
     Args:
-        negatives: name -> distances to attractors of pictures that are no copies, such as ordinary
-            samples, or the attractors' own scenes with the object drawn by another artist.
-
-    Raises ValueError when a set is empty, a distance is not finite or the rate is not in [0, 1).
+        negatives: name -> distances to attractors of pictures that are no copies, such as ordinary samples, or the
+            attractors' own scenes with the object drawn by another artist.
     """
     if not 0 <= false_positive_rate < 1:
         raise ValueError(f"false_positive_rate is {false_positive_rate}: give at least 0 and less than 1")
@@ -71,10 +65,9 @@ def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) 
     """
     if len(attractors) != len(run.prompts):
         raise ValueError(f"{len(attractors)} attractors for {len(run.prompts)} samples: give one for each")
-    starts = {"start": run.starts} if isinstance(run, Sweep) else {}
-    pictures = run.images().flatten(0, 1) if starts else run.images()
-    table = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}).assign(**{k: [v] * len(run.prompts) for k, v in starts.items()})
-    table = table.explode("start", ignore_index=True).astype({"start": int}) if starts else table
+    table, pictures = pd.DataFrame({"prompt": run.prompts, "seed": run.seeds}), run.images()
+    if isinstance(run, Sweep):
+        table, pictures = table.merge(pd.DataFrame({"start": run.starts}), how="cross"), pictures.flatten(0, 1)
     distances = distance(pictures, attractors.repeat_interleave(len(pictures) // len(attractors), dim=0))
     return table.assign(distance=distances, inside=distances <= ball.radius)
 
@@ -93,10 +86,8 @@ def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt",
 class Attractor:
     """Definition 2 read off samples alone, without knowing the training set.
 
-    Attributes:
-        index: which sample is nearest to all others (the medoid).
-        epsilon: the smallest radius around it that holds at least 1 - ``delta`` of the samples.
-        delta: the probabilistic tolerance.
+    ``index`` is the sample that is nearest to all others (the medoid), ``epsilon`` the smallest radius around it that
+    holds at least 1 - ``delta`` of the samples.
     """
 
     index: int
@@ -119,8 +110,8 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
         runs: name -> trajectories of several prompts with the same seeds.
         of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
 
-    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and
-    high (95% bootstrap interval over prompts). Raises ValueError for one seed.
+    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and high (95% bootstrap
+    interval over prompts).
     """
     tables = []
     for name, run in runs.items():
@@ -157,10 +148,9 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
         table: of `outcomes` of a sweep; the same start times for every sample.
         of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
 
-    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured),
-    captured_at and free_at (the start times on either side of the flip), point (their middle; NaN
-    where nothing flips), and against, how many start times disagree with one flip: 0 where the
-    outcome is monotone (column monotone). The flip is put where the fewest disagree, at the
+    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured), captured_at and free_at
+    (the start times on either side of the flip), point (their middle; NaN where nothing flips), against (how many start
+    times disagree with one flip) and monotone (none does). The flip is put where the fewest disagree, and at the
     earliest start if there are several such places.
     """
     table = table.dropna(subset=of)
@@ -172,30 +162,18 @@ def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
     free_early = np.cumsum(~inside, axis=1)
     held_late = inside.sum(axis=1, keepdims=True) - np.cumsum(inside, axis=1)
     wrong = np.concatenate([inside.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
-    flip = wrong.argmin(axis=1)
-    points = _points(wide.index.to_frame(index=False), flip, starts)
-    against = wrong.min(axis=1)
+    against, points = wrong.min(axis=1), _points(wide.index.to_frame(index=False), wrong.argmin(axis=1), starts)
     return points.assign(against=against, monotone=against == 0)
 
 
 def transition_points_by_bisection(
-    denoiser: Denoiser,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    attractors: Tensor,
-    distance,
-    ball: Ball,
-    starts: Sequence[int] | None = None,
-    **options,
+    denoiser: Denoiser, prompts, seeds, attractors: Tensor, distance, ball: Ball, starts=None, **options
 ) -> tuple[pd.DataFrame, Bisection]:
     """`transition_points` without the whole sweep: the flip of each sample is found by halving.
 
-    Args:
-        attractors: [B, 3, height, width], one a sample, prompt-major.
-        starts, options: as of `sampling.bisect`.
-
-    Returns the table, with the same columns but against and monotone, which halving cannot see
-    (where the outcome is not monotone it finds one of the flips), and the bisection itself.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; the options are those of `forks.bisect`.
+    Returns the table, without against and monotone, which halving cannot see (where the outcome is not monotone it
+    finds one of the flips), and the bisection itself.
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
@@ -219,8 +197,8 @@ def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> p
 def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
     """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
 
-    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a
-    median of 0 or 1000 says that half of them do not flip.
+    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a median of 0 or 1000
+    says that half of them do not flip.
     """
     placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
     rows = []
@@ -235,10 +213,8 @@ def membership(
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
-    Args:
-        states: [B, C, H, W]; from each, CFG runs to the end.
-        attractor: one picture.
-        options: of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
+    From each of ``states`` [B, C, H, W] CFG runs to the end. ``attractor`` is one picture; the options are those of
+    `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
     """
     run = sample_from(denoiser, [prompt] * len(states), states, timestep, progress=False, **options)
     return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= ball.radius
@@ -270,7 +246,7 @@ def escapes(
     Returns one row a push: prompt, seed, t, noise (the state's share of it), radius, escaped.
     """
     times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(radii), []
-    scheduler, generator = new_scheduler(run.denoiser, options.get("scheduler"), steps), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for t in timesteps:
         if t not in times:
             raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
@@ -278,6 +254,7 @@ def escapes(
         direction = torch.randn(states.shape, generator=generator)
         direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
         # some schedulers' states are larger than x_t by a factor
+        scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
         factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
         noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
         pushed = torch.cat([states + r * noise * direction for r in radii])
@@ -292,13 +269,9 @@ def escapes(
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The radius at which half of the pushed trajectories escape, over t: the width of the paper's funnel.
 
-    Args:
-        table: of `escapes`.
-
-    Returns columns t, width, low, high (95% bootstrap over trajectories), the same in the latents' own
-    units, times the noise at t (absolute, absolute_low, absolute_high), and n; the share that escapes is
-    interpolated between radii. Infinite where fewer than half escape at the largest; where half do at the
-    smallest, that one, which is then too large.
+    Returns columns t, width, low, high (95% bootstrap over trajectories), the same in the latents' own units, times the
+    noise at t (absolute, absolute_low, absolute_high), and n. The share that escapes is interpolated between radii. The
+    width is infinite where fewer than half escape at the largest, and too large where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
@@ -316,13 +289,11 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _half(radii: np.ndarray, escaped: np.ndarray) -> float:
-    """Where ``escaped`` first reaches one half."""
+    """The radius at which ``escaped`` first reaches one half."""
     above = np.flatnonzero(escaped >= 0.5)
-    if not len(above):
-        return np.inf
+    if not len(above) or above[0] == 0:
+        return float(radii[0]) if len(above) else np.inf
     i = above[0]
-    if i == 0:
-        return float(radii[0])
     share = (0.5 - escaped[i - 1]) / (escaped[i] - escaped[i - 1])
     return float(radii[i - 1] + share * (radii[i] - radii[i - 1]))
 
@@ -330,10 +301,7 @@ def _half(radii: np.ndarray, escaped: np.ndarray) -> float:
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:
     """Timestep of the first local minimum of the guidance magnitude (paper, dynamic transition point).
 
-    Args:
-        magnitude: [B, S] over falling ``timesteps`` [S].
-
-    Returns [B], NaN where the magnitude has no interior local minimum.
+    ``magnitude`` is [B, S] over falling ``timesteps`` [S]. Returns [B], NaN where there is no interior local minimum.
     """
     if magnitude.shape[1] < 3:
         return torch.full((len(magnitude),), torch.nan)

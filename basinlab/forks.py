@@ -6,7 +6,8 @@ the run of `sample` with that start, with the solver's history.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from .guidance import ConstantGuidance, describe
 from .models import Denoiser
 from .sampling import (
+    Samples,
     State,
     begin,
     blocks,
@@ -30,9 +32,9 @@ from .sampling import (
 from .store import kept
 
 
-@dataclass
-class Sweep:
-    """B samples, the guidance of each started at F timesteps; prompt-major as a `Trajectory`.
+@dataclass(repr=False)
+class Sweep(Samples):
+    """B samples, the guidance of each started at F timesteps.
 
     Attributes:
         prompts, seeds: B of each.
@@ -58,20 +60,11 @@ class Sweep:
     guidance_magnitude: Tensor
     network_calls: Tensor
     network_calls_apart: Tensor
-    denoiser: Denoiser = field(repr=False)
+    denoiser: Denoiser
 
-    def __repr__(self) -> str:
-        prompts, shape = len(set(self.prompts)), list(self.latents.shape)
-        return f"Sweep({len(self)} samples of {prompts} prompts, {len(self.starts)} starts, latents {shape})"
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def images(self) -> Tensor:
-        """The pictures of every start, [B, F, 3, height, width] in 0..1, decoded at the first call."""
-        if not hasattr(self, "_images"):
-            self._images = self.denoiser.decode(self.latents.flatten(0, 1)).unflatten(0, self.latents.shape[:2])
-        return self._images
+    @property
+    def ends(self) -> Tensor:
+        return self.latents
 
 
 @dataclass
@@ -88,16 +81,14 @@ class Bisection:
 def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
     """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
 
-    A start between two timesteps begins at the later one, of which a warning tells; one below the last timestep is never
-    and becomes 0, with the step after the last. (Where 0 is itself a timestep, it is guidance at that one step.) ``None``
+    A start between two timesteps begins at the later one, with a warning; one below the last timestep is never and
+    becomes 0, with the step after the last. (Where 0 is a timestep itself, it is guidance at that one step.) ``None``
     is every fourth timestep and never.
     """
     times = [int(t) for t in timesteps]
     given = sorted({int(t) for t in ([*times[::4], 0] if starts is None else starts)}, reverse=True)
-    if not given:
-        raise ValueError("no start times: give at least one, or None for every fourth timestep")
-    if outside := [t for t in given if not 0 <= t < train_timesteps]:
-        raise ValueError(f"start {outside[0]} is outside the schedule: give 0 to {train_timesteps - 1}")
+    if not given or given[0] >= train_timesteps or given[-1] < 0:
+        raise ValueError(f"starts are {given}: give at least one, all from 0 to {train_timesteps - 1}")
     steps = {t: next((k for k, time in enumerate(times) if time <= t), len(times)) for t in given}
     snapped = {t: times[k] if k < len(times) else 0 for t, k in steps.items()}
     if moved := [f"{t} becomes {s or 'never'}" for t, s in snapped.items() if t != s]:
@@ -106,47 +97,44 @@ def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps
 
 
 class _Forks:
-    """The samples of one sweep or bisection, in blocks."""
+    """The samples of one sweep or bisection, in blocks. The options are those of `sweep`."""
 
-    def __init__(self, denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure, progress):
+    def __init__(self, denoiser, prompts, seeds, starts, *, before=None, after=None, steps=50, scheduler=None,
+                 batch_size=32, measure=False, folder=None, progress=True):
         self.denoiser, self.steps, self.scheduler, self.measure = denoiser, steps, scheduler, measure
-        self.pairs, self.batch_size, self.progress = every_pair(prompts, seeds), batch_size, progress
+        self.pairs, self.batch_size, self.folder = every_pair(prompts, seeds), batch_size, folder
         self.before, self.after = only_guidance(before or ConstantGuidance(0.0)), only_guidance(after)
         if getattr(self.after, "remembers", hasattr(self.after, "momentum_buffer")):
-            name = type(self.after).__name__
-            raise ValueError(f"{name} remembers the steps before, which forks do not share: run `sample` for each start")
+            raise ValueError(f"{type(self.after).__name__} remembers steps, which forks do not share: use `sample`")
         self.timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.cpu()
         self.starts = start_steps(starts, self.timesteps, denoiser.train_timesteps)
-        self.first_steps, self.empty = list(self.starts.values()), denoiser.embed([""])
+        self.first_steps, self.bar = list(self.starts.values()), tqdm(unit="step", disable=not progress)
         calls = network_calls(self.after, self.timesteps)
         self.calls = [sum(calls[step:]) for step in range(steps + 1)]  # of a fork that begins at a step
 
-    def results(self, folder: str | Path | None, name: str, block: Callable, **settings) -> dict[str, Tensor]:
-        """The results of ``block`` for each ``batch_size`` samples, joined; finished blocks are kept in ``folder``."""
-        if folder is not None:
+    def results(self, name: str, block: Callable, **settings) -> tuple[list[str], list[int], dict[str, Tensor]]:
+        """Prompts, seeds, and what ``block`` makes of each ``batch_size`` samples; finished blocks are kept."""
+        if self.folder is not None:
             settings |= {"starts": list(self.starts), "before": describe(self.before), "after": describe(self.after)}
             settings |= {"steps": self.steps, "scheduler": self.scheduler, "measure": self.measure}
             settings |= self.denoiser.settings()
         parts = []
-        with tqdm(unit="step", disable=not self.progress) as self.bar:
-            for rows in blocks(range(len(self.pairs)), self.batch_size):
-
-                def make(rows=rows):
-                    return block(rows)
-
-                pairs = [self.pairs[i] for i in rows]
-                parts.append(kept(folder, name, {**settings, "pairs": pairs}, make, ".safetensors"))
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        for rows in blocks(range(len(self.pairs)), self.batch_size):
+            pairs = [self.pairs[i] for i in rows]
+            parts.append(kept(self.folder, name, settings | {"pairs": pairs}, partial(block, rows), ".safetensors"))
+        self.bar.close()
+        prompts, seeds = map(list, zip(*self.pairs, strict=True))
+        return prompts, seeds, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def prefix(self, rows: Sequence[int]) -> tuple[dict[int, State], Tensor, Tensor]:
         """The steps before guidance starts: the state at each start, the magnitude [B, S], the predictions made [B]."""
-        state = begin(self.denoiser, [self.pairs[i] for i in rows], self.empty, self.steps, self.scheduler)
+        state = begin(self.denoiser, [self.pairs[i] for i in rows], self.steps, self.scheduler)
         magnitude, everyone = torch.full((len(rows), self.steps), torch.nan), range(len(rows))
         snapshots = {0: state.pick(everyone)} if 0 in self.first_steps else {}
         last = self.steps if self.measure else max(self.first_steps)
         walk = sampling_steps(state, fresh(self.before), measure=self.measure)
-        for step, seen in zip(range(last), walk, strict=False):
-            magnitude[:, step] = seen.magnitude
+        for step, (_, seen) in zip(range(last), walk, strict=False):
+            magnitude[:, step] = seen
             if step + 1 in self.first_steps:
                 snapshots[step + 1] = state.pick(everyone)
             self.bar.update(len(rows))
@@ -201,7 +189,9 @@ def sweep(
     >>> sweep(world, "memorized", [0], progress=False).starts
     [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
     """
-    forks = _Forks(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, measure, progress)
+    rest = {"batch_size": batch_size, "measure": measure, "folder": folder, "progress": progress}
+    options = {"before": before, "after": after, "steps": steps, "scheduler": scheduler, **rest}
+    forks = _Forks(denoiser, prompts, seeds, starts, **options)
     calls = sum(forks.calls[step] for step in forks.first_steps)
 
     def block(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -210,9 +200,9 @@ def sweep(
         shape = (len(rows), len(forks.starts))
         return {"latents": latents.unflatten(0, shape), "magnitude": magnitude, "calls": made + calls}
 
-    found, one_by_one = forks.results(folder, "sweep", block), network_calls(forks.before, forks.timesteps)
+    prompts, seeds, found = forks.results("sweep", block)
+    one_by_one = network_calls(forks.before, forks.timesteps)
     apart = torch.full_like(found["calls"], sum(sum(one_by_one[:step]) for step in forks.first_steps) + calls)
-    prompts, seeds = map(list, zip(*forks.pairs, strict=True))
     results = (found["latents"], found["magnitude"], found["calls"], apart)
     return Sweep(prompts, seeds, list(forks.starts), forks.timesteps, *results, denoiser)
 
@@ -224,18 +214,12 @@ def bisect(
     captured: Callable[[Tensor, list[int]], Tensor],
     starts: Sequence[int] | None = None,
     *,
-    before: BaseGuidance | None = None,
-    after: BaseGuidance | None = None,
-    steps: int = 50,
-    scheduler: str | None = None,
-    batch_size: int = 32,
-    folder: str | Path | None = None,
     judged_by: str = "",
-    progress: bool = True,
+    **options,
 ) -> Bisection:
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
-    Right wherever the outcome is monotone in the start, as `sweep` would show it. Other arguments are those of `sweep`.
+    Right wherever the outcome is monotone in the start, as `sweep` would show it. ``options`` are those of `sweep`.
 
     Args:
         captured: of pictures [N, 3, height, width] and the samples that they are of (N indices, prompt-major), tells
@@ -250,9 +234,9 @@ def bisect(
     >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
     [440, 360]
     """
-    if folder is not None and not judged_by:
+    forks = _Forks(denoiser, prompts, seeds, starts, **options)
+    if forks.folder is not None and not judged_by:
         raise ValueError("folder keeps outcomes: say by judged_by what they were judged by")
-    forks = _Forks(denoiser, prompts, seeds, starts, before, after, steps, scheduler, batch_size, False, progress)
 
     def block(rows: Sequence[int]) -> dict[str, Tensor]:
         (snapshots, _, calls), count = forks.prefix(rows), len(rows)
@@ -268,6 +252,5 @@ def bisect(
             calls[rest] += torch.tensor([forks.calls[step] for _, step in chosen])
         return {"captured": low, "calls": calls}
 
-    found = forks.results(folder, "bisection", block, judged_by=judged_by)
-    prompts, seeds = map(list, zip(*forks.pairs, strict=True))
+    prompts, seeds, found = forks.results("bisection", block, judged_by=judged_by)
     return Bisection(prompts, seeds, list(forks.starts), found["captured"], found["calls"])

@@ -53,15 +53,12 @@ def _downloaded(url: str, path: str | Path | None = None) -> Path:
 
 def _model_folder(name: str) -> Path:
     """A bundled or given model folder, or one of the Hugging Face cache."""
-    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and name[0] not in "./" else None
-    folders = [Path(name), data_folder() / name] + ([Path(cached).parent] if isinstance(cached, str) else [])
-    for folder in folders:
+    on_hub = name.count("/") == 1 and name[0] not in "./"
+    cached = try_to_load_from_cache(name, "config.json") if on_hub else None
+    for folder in [Path(name), data_folder() / name, *([Path(cached).parent] if isinstance(cached, str) else [])]:
         if (folder / "config.json").exists():
             return folder
-    raise FileNotFoundError(
-        f"no model in {name!r} or {data_folder() / name}: restore a bundled one with `git checkout -- data`, "
-        f"fetch one of the hub with `hf download {name}`"
-    )
+    raise FileNotFoundError(f"no model in {name!r} or {data_folder() / name}: if it is a hub id, `hf download {name}`")
 
 
 def _load(kind, name: str, device):
@@ -73,10 +70,6 @@ def _load(kind, name: str, device):
 
 
 class _Judge:
-    """A network that looks at pictures."""
-
-    network: torch.nn.Module
-
     @cached_property
     def weights(self) -> str:
         """Which weights these are: the first 16 digits of their SHA-256."""
@@ -179,12 +172,12 @@ class Alignment(_Judge):
     def picture_features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
         """Unit image embeddings [B, F]."""
         side, parts = self.network.config.vision_config.image_size, []
-        with torch.inference_mode():
-            for part in _checked(pictures).split(batch_size):
-                pixels = part.to(self.network.device, torch.float32)
-                if pixels.shape[-2:] != (side, side):
-                    pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
-                pixels = normalize(pixels, self.processor.image_mean, self.processor.image_std)
+        for part in _checked(pictures).split(batch_size):
+            pixels = part.to(self.network.device, torch.float32)
+            if pixels.shape[-2:] != (side, side):
+                pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+            pixels = normalize(pixels, self.processor.image_mean, self.processor.image_std)
+            with torch.inference_mode():
                 parts.append(self.network.visual_projection(self.network.vision_model(pixels).pooler_output))
         return F.normalize(torch.cat(parts), dim=1).cpu()
 
@@ -222,7 +215,6 @@ def diversity(features: Tensor) -> Tensor:
 
 
 def _kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
-    """CMMD's kernel, [A, B]: Gaussian, times 1000."""
     return 1000 * torch.exp(-torch.cdist(a, b).square() / (2 * bandwidth**2))
 
 
@@ -244,21 +236,15 @@ def _squared_mmd(features: Tensor, references: Tensor, bandwidth: float, groups)
     names, code = np.unique(np.asarray(range(len(a)) if groups is None else groups), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"all pictures are of group {names[0]!r}: an unbiased estimate needs pairs of two groups")
-    code = torch.as_tensor(code)
-    sizes = torch.bincount(code).double()
-
-    def by_group(values: Tensor) -> Tensor:
-        return values.new_zeros(len(names), values.shape[1]).index_add_(0, code, values)
-
-    own, own_without = _mean_between(by_group(by_group(_kernel(a, a, bandwidth)).T), torch.outer(sizes, sizes))
-    real, real_without = _mean_between(_kernel(b, b, bandwidth), torch.ones(len(b), len(b), dtype=b.dtype))
-    cross = by_group(_kernel(a, b, bandwidth))
+    member = F.one_hot(torch.as_tensor(code)).double()  # [A, G]
+    sizes = member.sum(dim=0)
+    own, own_without = _mean_between(member.T @ _kernel(a, a, bandwidth) @ member, torch.outer(sizes, sizes))
+    real, real_without = _mean_between(_kernel(b, b, bandwidth), torch.ones(len(b), len(b)))
+    cross = member.T @ _kernel(a, b, bandwidth)
     rest, rest_real = cross.sum() - cross.sum(dim=1), cross.sum() - cross.sum(dim=0)
-    return (
-        own + real - 2 * cross.sum() / (len(a) * len(b)),
-        own_without + real - 2 * rest / ((len(a) - sizes) * len(b)),
-        own + real_without - 2 * rest_real / (len(a) * (len(b) - 1)),
-    )
+    value = own + real - 2 * cross.sum() / (len(a) * len(b))
+    without_group = own_without + real - 2 * rest / ((len(a) - sizes) * len(b))
+    return value, without_group, own + real_without - 2 * rest_real / (len(a) * (len(b) - 1))
 
 
 def cmmd(features: Tensor, references: Tensor, bandwidth: float = 10.0, groups: Sequence | None = None) -> Tensor:
@@ -268,8 +254,8 @@ def cmmd(features: Tensor, references: Tensor, bandwidth: float = 10.0, groups: 
 
     Args:
         features, references: [A, F] and [B, F], unit image features of `Alignment` for generated and real pictures.
-        bandwidth: 10 is the authors', for unit features of ViT-L/14 at 336 pixels. It is wide: CMMD is nearly 10 times
-            the squared distance of the mean features. One CLIP's values do not compare with another's.
+        bandwidth: 10 is the authors', and wide: CMMD is nearly 10 times the squared distance of the mean features. One
+            CLIP's values do not compare with another's.
         groups: [A], such as the prompt of each picture. Pictures of one prompt are not independent, so their
             pairs are left out, as a picture's pair with itself always is (the authors' code keeps the latter).
     """
@@ -280,15 +266,12 @@ def cmmd_interval(features: Tensor, references: Tensor, groups: Sequence, bandwi
     """95% interval of `cmmd`: low, high; NaN for fewer than 3 groups or references.
 
     A delete-one jackknife of the two-sample U-statistic over whole groups and over single references (Arvesen 1969),
-    with Student's t. A bootstrap would draw pictures twice, whose pairs look like copies. Where both distributions are
-    one, the interval is too wide rather than too narrow.
+    with Student's t. A bootstrap would draw pictures twice, whose pairs look like copies.
     """
     value, *without = _squared_mmd(features, references, bandwidth, groups)
     fewest = min(len(w) for w in without)
-    if fewest < 3:
-        return float("nan"), float("nan")
     variance = sum((len(w) - 1) * w.var(correction=0) for w in without)
-    half = stats.t.ppf(0.975, fewest - 1) * variance.sqrt()
+    half = stats.t.ppf(0.975, fewest - 1) * variance.sqrt() if fewest > 2 else float("nan")
     return float(value - half), float(value + half)
 
 
@@ -310,13 +293,6 @@ def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tupl
         a, b = (x[:, outside].flatten() - x[:, outside].mean() for x in (picture, reference))
         results.append(torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-8))
     return torch.stack(results)
-
-
-def background_colour(pictures: Tensor, border: int = 2) -> Tensor:
-    """Median colour of the outermost ``border`` pixels, [B, 3]."""
-    edge = torch.ones(pictures.shape[-2:], dtype=torch.bool)
-    edge[border:-border, border:-border] = False
-    return _checked(pictures)[:, :, edge].median(dim=2).values
 
 
 def mean_pairwise_distance(states: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """From a name to a denoiser.
 
-``load`` reads a Stable Diffusion pipeline (1.x, 2.x or XL), bundled, in a folder or in the Hugging Face cache, and gives
-a ``Denoiser``: Definition 1 of the paper, phi(x, t, e), with text encoder, decoder and noise schedule around it. All
-other modules see this class only.
+``load`` reads a Stable Diffusion pipeline (1.x, 2.x or XL), bundled, in a folder or in the Hugging Face cache, and
+gives a ``Denoiser``: Definition 1 of the paper, phi(x, t, e), with text encoder, decoder and noise schedule around it.
 
 Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are those of the training
 schedule, from T - 1 = 999 down to 0.
@@ -13,7 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +42,10 @@ def data_folder() -> Path:
 class Denoiser:
     """phi: X x (0, T] x E -> X (paper, Definition 1), with what belongs around it.
 
-    A subclass has the attributes below, of which the scheduler's config is the noise schedule, and these methods:
-    ``embed(prompts)`` gives the embeddings e, [B, L, E], where "" is the empty prompt of the unconditional prediction;
-    ``self(latents, timestep, embedding)`` gives the prediction, [B, C, H, W], in the kind (``epsilon`` or
-    ``v_prediction``) that the scheduler takes; ``decode(latents)`` gives the pictures of clean latents;
-    ``fingerprint()`` gives a digest of the weights in use.
+    A subclass has the attributes below; its scheduler's config is the noise schedule. Its methods: ``embed(prompts)``
+    gives embeddings e, [B, L, E], with "" for the unconditional prediction; ``self(latents, timestep, embedding)`` the
+    prediction, [B, C, H, W], in the kind (epsilon or v) that the scheduler takes; ``decode(latents)`` pictures of clean
+    latents; ``fingerprint()`` a digest of the weights in use.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()  # one in closed form
@@ -143,7 +141,7 @@ class StableDiffusion(Denoiser):
         return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of ``prompts``, [B, L, E]. Warns, naming the words, when the text encoder cuts a prompt."""
+        """Text states of ``prompts``, [B, L, E]. Warns of the words that are beyond the text encoder's length."""
         self._warn_of_cuts(prompts)
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
@@ -155,10 +153,8 @@ class StableDiffusion(Denoiser):
         length = self.tokenizer.model_max_length
         for prompt in dict.fromkeys(prompts):
             ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-            if len(ids) > length:
-                cut = self.tokenizer.decode(ids[length - 1 : -1])
-                message = f"the text encoder takes {length - 2} tokens; of {prompt!r} this is cut: {cut!r}"
-                warnings.warn(message, stacklevel=3)
+            if cut := self.tokenizer.decode(ids[length - 1 : -1]):
+                warnings.warn(f"the text encoder takes {length - 2} tokens; of {prompt!r} {cut!r} is cut", stacklevel=3)
 
     def __call__(self, latents, timestep, embedding, token_scale: Tensor | None = None) -> Tensor:
         """The prediction [B, C, H, W]. ``token_scale`` [B, L] multiplies the logits of the attention to each token.
@@ -201,15 +197,12 @@ class StableDiffusionXL(StableDiffusion):
     """A StableDiffusionXLPipeline. The last row of an embedding [B, L + 1, E] is the pooled text."""
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Both encoders' states of ``prompts``, [B, L, E], and the second's pooled one, padded to E, as row L + 1.
-
-        All of "" is 0 where the checkpoint was trained so. Warns of cut words as `StableDiffusion.embed`.
-        """
+        """Both encoders' states of ``prompts``, [B, L, E], and the second's pooled one, padded to E, as row L + 1."""
         self._warn_of_cuts(prompts)
         with torch.no_grad():
             states, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, self.device, 1, False)
         rows = torch.cat([states, F.pad(pooled, (0, states.shape[2] - pooled.shape[1]))[:, None]], dim=1)
-        if self.pipeline.config.force_zeros_for_empty_prompt:
+        if self.pipeline.config.force_zeros_for_empty_prompt:  # as the checkpoint was trained
             rows[[prompt == "" for prompt in prompts]] = 0
         return rows
 
@@ -221,8 +214,8 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": embedding[:, :-1], "added_cond_kwargs": added}
 
 
+VOCABULARY = (["tokenizer.json"], ["vocab.json", "merges.txt"])  # without one all prompts embed alike
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-VOCABULARY = (["tokenizer.json"], ["vocab.json", "merges.txt"])
 _KINDS = {  # diffusers' class, ours, and how to load it without what is not needed
     "StableDiffusionPipeline": (SDPipeline, StableDiffusion, UNCHECKED),
     "StableDiffusionXLPipeline": (SDXLPipeline, StableDiffusionXL, {"add_watermarker": False}),
@@ -248,8 +241,8 @@ def load(
     Raises ValueError for what would give wrong predictions, and OSError for a file that is missing or damaged.
 
     >>> denoiser = load("emoji-duplicated")
-    >>> denoiser.latent_shape, denoiser.embed(["a picture of a tomato"]).shape
-    ((4, 16, 16), torch.Size([1, 32, 128]))
+    >>> denoiser.embed(["a picture of a tomato", "an owl"]).shape[0]
+    2
     """
     try:
         torch.empty(0, device=device, dtype=dtype).sin_()
@@ -257,17 +250,15 @@ def load(
         raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
     own = _folder(str(name))
     folder, unet = _base(own, unet)
-    pipeline, kind = _pipeline(folder, dtype)
-    scheduler = _scheduler(pipeline, folder)
+    kind, pipeline = _pipeline(folder, dtype)
+    scheduler, shape = _scheduler(pipeline, folder), _latent_shape(pipeline, resolution)
     if unet is not None:
         _overlay(pipeline.unet, Path(unet), folder)
-    shape = _latent_shape(pipeline, resolution)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    pipeline.to(device)
     called = own.name if own.resolve() == (data_folder() / own.name).resolve() else str(name)
-    return kind(called, pipeline, torch.device(device), shape, scheduler)
+    return kind(called, pipeline.to(device), torch.device(device), shape, scheduler)
 
 
 def _folder(name: str) -> Path:
@@ -275,22 +266,20 @@ def _folder(name: str) -> Path:
     for folder in (Path(name), data_folder() / name):
         if folder.is_dir():
             return folder
-    try:
+    with suppress(HFValidationError):
         index = try_to_load_from_cache(name, "model_index.json")
-    except HFValidationError:
-        index = None
-    if isinstance(index, str):
-        return Path(index).parent
-    known = sorted({path.parent.name for path in data_folder().glob("*/unet")})
+        if isinstance(index, str):
+            return Path(index).parent
+    bundled = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
-        f"no checkpoint {name!r}: it is no folder, none of the bundled {known} in {data_folder()}, and not in the Hugging "
-        f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
-        f"one (if it is gated, first accept its licence at https://huggingface.co/{name} and run `hf auth login`)"
+        f"no checkpoint {name!r}: it is no folder, none of the bundled {bundled} in {data_folder()}, and not in the "
+        f"Hugging Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` "
+        f"fetches it (if it is gated, accept its licence at https://huggingface.co/{name} first, then `hf auth login`)"
     )
 
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
-    """The folder of ``own``'s pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
+    """The folder of the pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
     if not (own / "base.json").exists():
         return own, unet
     settings = json.loads((own / "base.json").read_text())
@@ -301,56 +290,54 @@ def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
     return folder, unet or own / "unet"
 
 
-def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[DiffusionPipeline, type]:
-    """The pipeline in ``folder`` and our class for it."""
+def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
+    """Our class for the pipeline in ``folder``, and diffusers' pipeline."""
     if not (folder / "model_index.json").exists():
         raise ValueError(f"{folder} has no model_index.json: give a folder that a pipeline's save_pretrained wrote")
-    with _reading(folder):
-        parts = json.loads((folder / "model_index.json").read_text())
+    parts = json.loads((folder / "model_index.json").read_text())
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
     theirs, ours, options = _KINDS[parts["_class_name"]]
-    for part in (folder / name for name in parts if name.startswith("tokenizer")):  # without it all prompts are alike
-        if not any(all((part / f).exists() for f in files) for files in VOCABULARY):
+    for part in (folder / name for name in parts if name.startswith("tokenizer")):
+        if not any(all((part / file).exists() for file in files) for files in VOCABULARY):
             raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
     halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
     whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
-    options = {**options, "variant": "fp16"} if halves - whole else options
+    variant = "fp16" if halves - whole else None
+    options = {**options, "variant": variant, "use_safetensors": True, "local_files_only": True}
     with _reading(folder), without_bars():
-        pipeline = theirs.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
+        pipeline = theirs.from_pretrained(folder, dtype=dtype, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
-    if changed := [k for k in ("latents_mean", "latents_std", "shift_factor") if pipeline.vae.config.get(k) is not None]:
-        raise ValueError(f"the VAE in {folder} normalizes latents by {changed}, which is not supported")
-    return pipeline, ours
+    return ours, pipeline
 
 
 def _scheduler(pipeline: DiffusionPipeline, folder: Path) -> SchedulerMixin:
-    """The paper's solver on the noise schedule of ``pipeline``, which must be one of discrete betas."""
-    config, betas = pipeline.scheduler.config, getattr(pipeline.scheduler, "alphas_cumprod", None)
-    kind = config.get("prediction_type", "epsilon")
-    solver = DPMSolverMultistepScheduler.from_config({**config, "prediction_type": kind}, timestep_spacing="linspace")
-    flow = config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete"
-    if betas is None or flow or kind not in ("epsilon", "v_prediction"):
-        found = f"{type(pipeline.scheduler).__name__} with prediction_type {kind!r}"
+    """The paper's solver on the pipeline's noise schedule. Raises ValueError for one that would be misread."""
+    theirs, vae = pipeline.scheduler, pipeline.vae.config
+    config, kind = theirs.config, theirs.config.get("prediction_type", "epsilon")
+    discrete = hasattr(theirs, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
+    if not discrete or kind not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas"):
+        found = f"{type(theirs).__name__} with prediction_type {kind!r}"
         raise ValueError(f"{folder} has a {found}: give epsilon or v_prediction on a discrete schedule of betas")
-    if not torch.allclose(solver.alphas_cumprod, betas, atol=1e-4):
-        raise ValueError(f"the noise schedule in {folder} is not one that DPMSolverMultistepScheduler takes over")
-    if kind == "epsilon" and betas[-1] < 1e-6:
-        raise ValueError(f"the scheduler in {folder} has no signal left at T, where epsilon says nothing: it needs v")
+    solver = DPMSolverMultistepScheduler.from_config({**config, "prediction_type": kind}, timestep_spacing="linspace")
+    if not torch.allclose(solver.alphas_cumprod, theirs.alphas_cumprod, atol=1e-4):
+        raise ValueError(f"{folder} has a noise schedule that DPMSolverMultistepScheduler does not take over")
+    if kind == "epsilon" and theirs.alphas_cumprod[-1] < 1e-6:
+        raise ValueError(f"{folder} has no signal left at T, where a prediction of epsilon says nothing: it needs v")
+    if changed := [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.get(key) is not None]:
+        raise ValueError(f"{folder} has a VAE that normalizes latents by {changed}, which is not supported")
     return solver
 
 
 def _overlay(unet: torch.nn.Module, folder: Path, base: Path) -> None:
     """Put the weights in ``folder`` in the place of those of ``unet``, which came from ``base``."""
     paths = sorted(folder.glob(WEIGHTS.replace(".", "*.")))
-    paths = [path for path in paths if ".fp16" not in path.name] or paths
     if not paths and (folder / "pytorch_lora_weights.safetensors").exists():
         raise ValueError(f"{folder} holds a LoRA: fuse it into a U-Net with diffusers, and give that U-Net's folder")
     with _reading(folder):
-        if not paths:
-            raise OSError(f"no {WEIGHTS}")
-        weights = {key: value for path in paths for key, value in load_file(path).items()}
+        files = [path for path in paths if ".fp16" not in path.name] or paths or [folder / WEIGHTS]
+        weights = {key: value for path in files for key, value in load_file(path).items()}
     own = unet.state_dict()
     if other := [key for key in weights if key not in own or weights[key].shape != own[key].shape]:
         raise ValueError(f"{folder} holds weights that the U-Net of {base} has not, or of another shape: {other[:3]}")
@@ -365,8 +352,7 @@ def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[
     least = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if not isinstance(resolution, int) or resolution < least or resolution % least:
         raise ValueError(f"resolution is {resolution!r}: give a multiple of {least} pixels")
-    side = resolution // pipeline.vae_scale_factor
-    return channels, side, side
+    return channels, resolution // pipeline.vae_scale_factor, resolution // pipeline.vae_scale_factor
 
 
 @contextmanager
@@ -376,7 +362,7 @@ def _reading(folder: Path):
         yield
     except (OSError, ValueError, SafetensorError) as error:
         cure = "restore it with `git checkout -- data`" if data_folder() in folder.parents else "fetch or save it again"
-        pickles = " (a pickle, *.bin, may hold code and is not read)" if [*folder.rglob("*.bin")] else ""
+        pickles = " (a pickle, *.bin, may hold code and is not read)" if any(folder.rglob("*.bin")) else ""
         raise OSError(f"a file in {folder} is missing, truncated or corrupt ({error}){pickles}: {cure}") from error
 
 
@@ -384,9 +370,9 @@ def _reading(folder: Path):
 def without_bars():
     """The libraries' own loading bars off for a while: a notebook would keep them all, stuck at their first state."""
     shown = [bars for bars in (diffusers_logging, transformers_logging) if bars.is_progress_bar_enabled()]
-    for bars in shown:
-        bars.disable_progress_bar()
     try:
+        for bars in shown:
+            bars.disable_progress_bar()
         yield
     finally:
         for bars in shown:
@@ -395,8 +381,4 @@ def without_bars():
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
     """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
-    found = []
-    for path in paths:
-        with Image.open(path) as picture:
-            found.append(to_tensor(picture.convert("RGB")))
-    return torch.stack(found)
+    return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

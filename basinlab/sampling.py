@@ -9,7 +9,8 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import diffusers
 import numpy as np
@@ -24,16 +25,37 @@ from .guidance import ConstantGuidance
 from .models import Denoiser
 
 
-@dataclass
-class Trajectory:
-    """B sampling runs of S steps, prompt-major: all seeds of the first prompt, then of the next.
+class Samples:
+    """What a trajectory and a sweep share: B samples, prompt-major: all seeds of the first prompt, then of the next."""
+
+    def __repr__(self) -> str:
+        shape, prompts = list(self.latents.shape), len(set(self.prompts))
+        return f"{type(self).__name__}({len(self)} samples of {prompts} prompts, latents {shape})"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def images(self) -> Tensor:
+        """The final pictures, [B, 3, height, width] in 0..1, of a sweep [B, F, ...], decoded at the first call."""
+        if not hasattr(self, "_images"):
+            self._images = decoded(self.denoiser, self.ends)
+        return self._images
+
+
+def decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
+    """The pictures [..., 3, height, width] of clean latents [..., C, H, W]."""
+    return denoiser.decode(latents.flatten(0, -4)).unflatten(0, latents.shape[:-3])
+
+
+@dataclass(repr=False)
+class Trajectory(Samples):
+    """B sampling runs of S steps.
 
     Attributes:
         prompts, seeds: B of each.
         timesteps: [S] of the training schedule, falling; ints, but for schedulers that stop between them.
         latents: [B, S+1, C, H, W], from the initial noise to the clean latents; with ``record=False`` the last only.
-        predicted: [B, S, C, H, W], the clean latents predicted at each step under the guidance in force; None with
-            ``record=False``.
+        predicted: [B, S, C, H, W], the clean latents predicted at each step under guidance; None with ``record=False``.
         guidance_magnitude: [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made.
         transition_point: [B], the first timestep at which the full guidance acted; NaN where the guidance has no such
             point, or a dynamic one found none.
@@ -56,28 +78,19 @@ class Trajectory:
     transition_point: Tensor
     network_calls: Tensor
     gradient_passes: Tensor
-    denoiser: Denoiser = field(repr=False)
+    denoiser: Denoiser
 
-    def __repr__(self) -> str:
-        prompts, shape = len(set(self.prompts)), list(self.latents.shape)
-        return f"Trajectory({len(self)} samples of {prompts} prompts, {len(self.timesteps)} steps, latents {shape})"
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def images(self) -> Tensor:
-        """The final pictures, [B, 3, height, width] in 0..1, decoded at the first call."""
-        if not hasattr(self, "_images"):
-            self._images = self.denoiser.decode(self.latents[:, -1])
-        return self._images
+    @property
+    def ends(self) -> Tensor:
+        """The clean latents, [B, C, H, W]."""
+        return self.latents[:, -1]
 
     def predicted_images(self, steps: Sequence[int]) -> Tensor:
         """The clean pictures predicted at ``steps`` (indices into ``timesteps``), [B, len(steps), 3, h, w]."""
-        chosen = self.recorded("predicted")[:, list(steps)]
-        return self.denoiser.decode(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
+        return decoded(self.denoiser, self.recorded("predicted")[:, list(steps)])
 
     def recorded(self, name: str) -> Tensor:
-        """``latents`` or ``predicted`` of all steps. Raises ValueError where the last latents only were kept."""
+        """``latents`` or ``predicted`` of all steps. Raises ValueError where only the last latents were kept."""
         if self.predicted is None:
             raise ValueError("this trajectory kept its last latents only: sample again with record=True")
         return getattr(self, name)
@@ -91,27 +104,23 @@ class Trajectory:
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "Trajectory":
         """Some of the runs: by index, slice or a list of indices."""
         rows = np.atleast_1d(np.arange(len(self))[rows]).tolist()
-        return _of_samples([self], lambda values: _pick(values[0], rows))
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Trajectory]") -> "Trajectory":
-        """One trajectory of several with the same steps."""
-        return _of_samples(parts, _concatenated)
+        return _of_samples([self], rows)
 
 
-def _pick(values, rows: Sequence[int]):
-    return [values[i] for i in rows] if isinstance(values, list) else values[rows]
+def _of_samples(items: Sequence, rows: Sequence[int] | None = None):
+    """The samples of several dataclasses ``items`` as one, or ``rows`` of the first one's samples."""
 
+    def changed(values: list):
+        if rows is not None:
+            return [values[0][i] for i in rows] if isinstance(values[0], list) else values[0][rows]
+        return list(chain(*values)) if isinstance(values[0], list) else torch.cat(values)
 
-def _concatenated(parts: Sequence):
-    return [x for part in parts for x in part] if isinstance(parts[0], list) else torch.cat(list(parts))
-
-
-def _of_samples(items: Sequence, change: Callable):
-    """A copy of the first of some dataclass's ``items``, in which ``change`` made each field of all samples."""
     values = {f.name: [getattr(item, f.name) for item in items] for f in fields(items[0])}
-    shared = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")
-    return replace(items[0], **{n: change(v) for n, v in values.items() if n not in shared and v[0] is not None})
+    of_samples = {name for name in values if name not in SHARED and values[name][0] is not None}
+    return replace(items[0], **{name: changed(values[name]) for name in of_samples})
+
+
+SHARED = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")  # the other fields: an entry a sample
 
 
 @dataclass
@@ -125,8 +134,7 @@ class State:
         generators: B, of the noise that a stochastic scheduler adds.
         calls, gradient_passes: [B], predictions made so far, and how many of them were differentiated.
         scheduler: the solver with the samples' history.
-        token_scale: [B, L], factors of the cross-attention's logits to each token; 0 masks the token; None leaves
-            attention alone.
+        token_scale: [B, L], factors of the cross-attention's logits to each token; 0 masks it; None changes nothing.
     """
 
     denoiser: Denoiser
@@ -145,29 +153,31 @@ class State:
 
     def pick(self, rows: Sequence[int]) -> "State":
         """A copy of some of the samples, with their history."""
-        picked = _of_samples([self], lambda values: _pick(values[0], list(rows)))
+        rows = list(rows)
+        picked = _of_samples([self], rows)
         picked.generators = [generator.clone_state() for generator in picked.generators]
-        picked.scheduler = self._scheduler([self], lambda values: values[0][list(rows)])
+        picked.scheduler = _scheduler_of([self], lambda values: values[0][rows])
         return picked
 
     def join(self, other: "State") -> None:
         """Append the samples of ``other``, which are before the same step."""
-        scheduler = self._scheduler([self, other], torch.cat)
-        vars(self).update(vars(_of_samples([self, other], _concatenated)), scheduler=scheduler)
+        scheduler = _scheduler_of([self, other], torch.cat)
+        vars(self).update(vars(_of_samples([self, other])), scheduler=scheduler)
 
-    def _scheduler(self, states: "Sequence[State]", change: Callable) -> SchedulerMixin:
-        """A scheduler in which ``change`` made each tensor with one entry a sample, of those of ``states``."""
 
-        def changed(values: list):
-            if isinstance(values[0], list):
-                return [changed(list(entries)) for entries in zip(*values, strict=True)]
-            of_samples = isinstance(values[0], Tensor) and values[0].shape[1:] == self.latents.shape[1:]
-            return change(values) if of_samples else values[0]
+def _scheduler_of(states: Sequence[State], change: Callable) -> SchedulerMixin:
+    """A scheduler with the history of ``states``: ``change`` makes each tensor that has one entry a sample."""
+    shape = states[0].latents.shape[1:]
 
-        scheduler = copy.copy(self.scheduler)
-        for name in vars(scheduler):
-            setattr(scheduler, name, changed([getattr(state.scheduler, name) for state in states]))
-        return scheduler
+    def changed(values: list):
+        if isinstance(values[0], list):
+            return [changed(list(entries)) for entries in zip(*values, strict=True)]
+        return change(values) if isinstance(values[0], Tensor) and values[0].shape[1:] == shape else values[0]
+
+    scheduler = copy.copy(states[0].scheduler)
+    for name in vars(scheduler):
+        setattr(scheduler, name, changed([getattr(state.scheduler, name) for state in states]))
+    return scheduler
 
 
 class Mitigation:
@@ -192,39 +202,29 @@ class Mitigation:
 # The loop
 
 
-@dataclass
-class Step:
-    """What was seen at a step: the clean latents predicted [B, C, H, W], and the guidance magnitude [B]."""
-
-    predicted: Tensor
-    magnitude: Tensor
+BOTH = ("pred_cond", "pred_uncond")  # diffusers' names of the two predictions
 
 
-def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure: bool = False) -> Iterator[Step]:
-    """Take the samples of ``state``, in place, from step ``first`` to the last, and yield what was seen at each.
+def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure: bool = False) -> Iterator:
+    """Take the samples of ``state``, in place, from step ``first`` to the last.
 
     Only the predictions that ``guidance`` needs are made; with ``measure`` both. Guidance sees epsilon, whatever the
-    network predicts.
+    network predicts. Yields, after each step, the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
     """
-    timesteps = state.scheduler.timesteps
+    denoiser, timesteps = state.denoiser, state.scheduler.timesteps
     for step in range(first, len(timesteps)):
         t = timesteps[step]
         guidance.set_state(step, len(timesteps), t)
-        needed = _needed(guidance)
-        predictions = predict(state, t, ["pred_cond", "pred_uncond"] if measure else needed)  # one call of the network
+        needed = [getattr(part, BaseGuidance._identifier_key) for part in guidance.prepare_inputs({"x": BOTH})]
+        predictions = predict(state, t, BOTH if measure else needed)  # one call of the network
         combined = guidance.forward(**{name: predictions[name] for name in needed})[0]
-        prediction = combined / state.denoiser.epsilon_scale(t)
-        scaled = state.scheduler.scale_model_input(state.latents, t)
-        clean = state.denoiser.predicted_clean(scaled, prediction, t)
-        state.latents = _scheduler_step(state, prediction, t)
+        prediction = combined / denoiser.epsilon_scale(t)
+        clean = denoiser.predicted_clean(state.scheduler.scale_model_input(state.latents, t), prediction, t)
+        takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
+        noise = {"generator": state.generators} if takes_noise else {}
+        state.latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
         _check_finite(state, step, t)
-        yield Step(clean, _magnitude(predictions, state.latents))
-
-
-def _needed(guidance: BaseGuidance) -> list[str]:
-    """Names of the predictions that ``guidance`` needs at the step that was set."""
-    batches = guidance.prepare_inputs({"name": ("pred_cond", "pred_uncond")})
-    return [getattr(batch, BaseGuidance._identifier_key) for batch in batches]
+        yield clean, _magnitude(predictions, state.latents)
 
 
 def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -241,13 +241,6 @@ def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     outputs = state.denoiser(inputs, t, torch.cat([embeddings[name] for name in names]), **attention)
     state.calls = state.calls + len(names)
     return dict(zip(names, (outputs * state.denoiser.epsilon_scale(t)).chunk(len(names)), strict=True))
-
-
-def _scheduler_step(state: State, prediction: Tensor, t: Tensor) -> Tensor:
-    """The latents after one step. A scheduler that adds noise takes it from the samples' own generators."""
-    takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
-    noise = {"generator": state.generators} if takes_noise else {}
-    return state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
 
 
 def _magnitude(predictions: dict[str, Tensor], latents: Tensor) -> Tensor:
@@ -270,24 +263,18 @@ def run_steps(
     state: State, guidance: BaseGuidance, first: int, bar: tqdm, record: bool = True, measure: bool = False
 ) -> Trajectory:
     """All steps of ``state`` from ``first`` on."""
-    guidance, latents, seen = fresh(guidance), [state.latents], []
-    for step in sampling_steps(state, guidance, first, measure):
-        seen.append(step if record else replace(step, predicted=None))
+    guidance, latents, predicted, magnitudes = fresh(guidance), [state.latents], [], []
+    for clean, magnitude in sampling_steps(state, guidance, first, measure):
+        magnitudes.append(magnitude)
+        predicted = [*predicted, clean] if record else None
         latents = [*latents, state.latents] if record else [state.latents]
         bar.update(len(state.seeds))
     point = getattr(guidance, "transition_point", None)
-    return Trajectory(
-        state.prompts,
-        state.seeds,
-        state.scheduler.timesteps[first:].cpu(),
-        torch.stack(latents, 1).float().cpu(),
-        torch.stack([step.predicted for step in seen], 1).float().cpu() if record else None,
-        torch.stack([step.magnitude for step in seen], 1),
-        torch.as_tensor(torch.nan if point is None else point).float().cpu().expand(len(state.seeds)).clone(),
-        state.calls,
-        state.gradient_passes,
-        state.denoiser,
-    )
+    point = torch.as_tensor(torch.nan if point is None else point).float().cpu().expand(len(state.seeds)).clone()
+    predicted = torch.stack(predicted, 1).float().cpu() if record else None
+    states = (state.scheduler.timesteps[first:].cpu(), torch.stack(latents, 1).float().cpu(), predicted)
+    rest = (torch.stack(magnitudes, 1), point, state.calls, state.gradient_passes)
+    return Trajectory(state.prompts, state.seeds, *states, *rest, state.denoiser)
 
 
 # What the loop begins with
@@ -321,13 +308,10 @@ def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> Scheduler
     return scheduler
 
 
-def initial_noise(denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
-    """Unit Gaussian noise [B, C, H, W], one CPU generator a seed, as diffusers draws it."""
-    return _noise(denoiser, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
-
-
-def _noise(denoiser: Denoiser, generators: Sequence[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(denoiser.latent_shape, generator=generator) for generator in generators])
+def initial_noise(denoiser: Denoiser, generators: Sequence[torch.Generator | int]) -> Tensor:
+    """Unit Gaussian noise [B, C, H, W], one CPU generator or seed a sample, as diffusers draws it."""
+    own = [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g)) for g in generators]
+    return torch.stack([torch.randn(denoiser.latent_shape, generator=generator) for generator in own])
 
 
 def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tuple[str, int]]:
@@ -341,16 +325,17 @@ def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
         raise ValueError(f"seeds are {seeds!r}: give whole numbers from 0 on") from None
     if not prompts or not seeds:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one of each")
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt {i} is {prompt!r}, not a text")
+            raise ValueError(f"the prompt {prompt!r} is not a text")
         if not prompt.strip():
-            raise ValueError(f"prompt {i} is empty; for unconditional sampling use ConstantGuidance(0)")
+            raise ValueError(f"the prompt {prompt!r} is empty; for unconditional sampling use ConstantGuidance(0)")
     if min(seeds) < 0:
         raise ValueError(f"seed {min(seeds)} is negative: give whole numbers from 0 on")
-    for what, given in (("prompt", prompts), ("seed", seeds)):
-        if again := [x for i, x in enumerate(given) if x in given[:i]]:
-            raise ValueError(f"{what} {again[0]!r} is given twice: equal samples would be counted as several")
+    for given in (prompts, seeds):
+        if len(set(given)) < len(given):
+            again = next(x for i, x in enumerate(given) if x in given[:i])
+            raise ValueError(f"{again!r} is given twice: equal samples would count as several")
     return [(prompt, seed) for prompt in prompts for seed in seeds]
 
 
@@ -359,49 +344,43 @@ Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | 
 
 def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
     """The guidance among ``mitigations``, CFG 7.5 where there is none, and the others in their order."""
-    if mitigations is None or isinstance(mitigations, BaseGuidance | Mitigation):
-        mitigations = [] if mitigations is None else [mitigations]
-    if not isinstance(mitigations, list | tuple):
-        mitigations = [mitigations]
+    mitigations = [] if mitigations is None else mitigations
+    mitigations = mitigations if isinstance(mitigations, list | tuple) else [mitigations]
     if wrong := [m for m in mitigations if not isinstance(m, BaseGuidance | Mitigation)]:
         raise ValueError(f"{wrong[0]!r} is no guidance and no mitigation: give an object such as ConstantGuidance(7.5)")
-    guidances = [m for m in mitigations if isinstance(m, BaseGuidance)]
+    guidances = [m for m in mitigations if isinstance(m, BaseGuidance)] or [ConstantGuidance()]
     if len(guidances) > 1:
         raise ValueError(f"{[type(g).__name__ for g in guidances]} are several guidances: give one at most")
-    return (guidances or [ConstantGuidance()])[0], [m for m in mitigations if isinstance(m, Mitigation)]
+    return guidances[0], [m for m in mitigations if isinstance(m, Mitigation)]
 
 
 def only_guidance(guidance: BaseGuidance | None) -> BaseGuidance:
-    """``guidance``, or CFG 7.5; forks and given states take no other mitigation."""
+    """``guidance``, or CFG 7.5. Raises ValueError for another mitigation, which acts on whole runs."""
     found, others = split(guidance)
     if others:
-        raise ValueError(f"{type(others[0]).__name__} acts on samples from their initial noise on: give a guidance alone")
+        raise ValueError(f"{type(others[0]).__name__} acts on samples from their initial noise on: give a guidance")
     return found
 
 
-def begin(
-    denoiser: Denoiser, pairs, empty: Tensor, steps: int, scheduler: str | None, mitigations=(), latents=None
-) -> State:
-    """The samples of ``pairs`` before their first step, at ``latents`` or their initial noise, as mitigations leave them."""
+def begin(denoiser: Denoiser, pairs, steps: int, scheduler: str | None, mitigations=(), latents=None) -> State:
+    """The samples of ``pairs`` at ``latents``, or at their initial noise, as the mitigations leave them."""
     solver, (prompts, seeds) = new_scheduler(denoiser, scheduler, steps), map(list, zip(*pairs, strict=True))
     texts, generators = prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
     for mitigation in mitigations:
         texts = [mitigation.text(text, seed, denoiser) for text, seed in zip(texts, seeds, strict=True)]
     if latents is None:
-        latents = _noise(denoiser, generators) * solver.init_noise_sigma
-    distinct = list(dict.fromkeys(texts))
-    embedded = denoiser.embed(distinct)[[distinct.index(text) for text in texts]]
-    none = torch.zeros(len(texts), dtype=torch.long)
-    latents = latents.to(denoiser.device, denoiser.dtype)
-    rest = (embedded, empty, generators, none, none, solver, mitigations)
-    state = State(denoiser, prompts, seeds, texts, latents, *rest)
+        latents = initial_noise(denoiser, generators) * solver.init_noise_sigma
+    latents, distinct = latents.to(denoiser.device, denoiser.dtype), list(dict.fromkeys(texts))
+    embeddings = (denoiser.embed(distinct)[[distinct.index(text) for text in texts]], denoiser.embed([""]))
+    counts = torch.zeros(2, len(texts), dtype=torch.long)
+    rest = (latents, *embeddings, generators, *counts, solver, mitigations)
+    state = State(denoiser, prompts, seeds, texts, *rest)
     for mitigation in mitigations:
         mitigation.begin(state)
     return state
 
 
 def blocks(items: Sequence, size: int) -> list[Sequence]:
-    """``items`` in parts of ``size``."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -421,17 +400,13 @@ def sample(
     """Sample every prompt with every seed.
 
     Args:
-        denoiser: from `load`.
-        prompts, seeds: B = len(prompts) x len(seeds) runs.
         mitigations: one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
             diffusers guider with a conditional and an unconditional prediction; without one it is CFG 7.5.
         steps: S, of the scheduler.
         scheduler: name of a diffusers scheduler class; default the checkpoint's own.
         batch_size: runs that go through the network together; bounds memory, not results.
         record: keep all latents and predictions, not the last latents only.
-        measure: make both predictions at every step, so that the guidance magnitude is known everywhere; the
-            trajectory is the same.
-        progress: show a bar.
+        measure: make both predictions at every step, so that the guidance magnitude is known everywhere.
 
     Raises FloatingPointError where latents become NaN or infinite: it names step, prompt and seed.
 
@@ -442,12 +417,12 @@ def sample(
     (torch.Size([4, 2, 1, 1]), tensor([75, 75, 75, 75]))
     """
     guidance, others = split(mitigations)
-    pairs, empty, parts = every_pair(prompts, seeds), denoiser.embed([""]), []
+    pairs, parts = every_pair(prompts, seeds), []
     with tqdm(total=len(pairs) * steps, unit="step", disable=not progress) as bar:
         for block in blocks(pairs, batch_size):
-            state = begin(denoiser, block, empty, steps, scheduler, others)
+            state = begin(denoiser, block, steps, scheduler, others)
             parts.append(run_steps(state, guidance, 0, bar, record, measure))
-    return Trajectory.joined(parts)
+    return _of_samples(parts)
 
 
 def sample_from(
@@ -473,10 +448,10 @@ def sample_from(
     >>> run.latents.shape
     torch.Size([1, 26, 2, 1, 1])
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [0] * len(latents) if seeds is None else seeds
-    for what, given in (("prompts", [prompts] if isinstance(prompts, str) else prompts), ("seeds", seeds)):
-        if len(given) != len(latents):
-            raise ValueError(f"{len(given)} {what} for {len(latents)} states: give one for each")
+    if not len(prompts) == len(seeds) == len(latents):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds for {len(latents)} states: give one for each")
     pairs, guidance, parts = list(zip(prompts, seeds, strict=True)), only_guidance(guidance), []
     timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.tolist()
     if timestep not in timesteps:
@@ -485,11 +460,11 @@ def sample_from(
     first = timesteps.index(timestep)
     with tqdm(total=len(pairs) * (steps - first), unit="step", disable=not progress) as bar:
         for block, states in zip(blocks(pairs, batch_size), latents.split(batch_size), strict=True):
-            state = begin(denoiser, block, denoiser.embed([""]), steps, scheduler, latents=states)
+            state = begin(denoiser, block, steps, scheduler, latents=states)
             if hasattr(state.scheduler, "set_begin_index"):  # one without counts by the timestep
                 state.scheduler.set_begin_index(first)
             parts.append(run_steps(state, guidance, first, bar))
-    return Trajectory.joined(parts)
+    return _of_samples(parts)
 
 
 def network_calls(guidance: BaseGuidance, timesteps: Tensor) -> list[int]:
@@ -502,7 +477,7 @@ def network_calls(guidance: BaseGuidance, timesteps: Tensor) -> list[int]:
 
 
 def most_predictions(denoiser: Denoiser, mitigations: Mitigations, steps: int = 50) -> int:
-    """At most so many predictions a sample takes, a differentiated one counted as three."""
+    """The most predictions that a sample takes, a differentiated one counted as three."""
     guidance, others = split(mitigations)
     own = sum(network_calls(guidance, new_scheduler(denoiser, None, steps).timesteps))
     return own + sum(mitigation.most_predictions() for mitigation in others)

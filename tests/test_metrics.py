@@ -315,14 +315,6 @@ def test_layout_similarity_is_the_correlation_outside_the_box(pictures):
     assert similarity[0] == pytest.approx(1, abs=1e-5) and similarity[1] < 0.999
 
 
-def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
-    colour = torch.tensor([0.2, 0.6, 0.9])
-    pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
-    pictures[..., 2:-2, 2:-2] = 0
-    pictures[..., :2, :40] = 1
-    torch.testing.assert_close(metrics.background_colour(pictures), colour[None])
-
-
 @pytest.mark.parametrize("count, spread", [(2, 1.0), (40, 1.0), (40, 1e-4)])
 def test_mean_pairwise_distance_agrees_with_scipy(count, spread):
     generator = torch.Generator().manual_seed(count)

@@ -111,3 +111,11 @@ def test_half_crossings_of_a_known_curve():
     assert scorecard.half_crossings(falling.iloc[:2]) == []
     twice = pd.Series([1.0, 0.25, 0.75, 0.0], index=[900, 700, 500, 300])
     assert len(scorecard.half_crossings(twice)) == 3
+
+
+def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
+    colour = torch.tensor([0.2, 0.6, 0.9])
+    pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
+    pictures[..., 2:-2, 2:-2] = 0
+    pictures[..., :2, :40] = 1
+    torch.testing.assert_close(scorecard.background_colour(pictures), colour[None])
