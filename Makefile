@@ -75,15 +75,15 @@ world: $(INSTALLED)
 
 evaluate: $(INSTALLED)
 	@echo "evaluate: sampling and judging about 3,000 pictures (about 15 minutes on 2 cores; stop it and call again to go on)"
-	@$(PY) -m basinlab evaluate
+	@PYTHONPATH=.:data $(PY) -m recipe.evaluate
 
 tune: $(INSTALLED)
 	@echo "tune: trying all settings of all mitigations on held-out prompts (9 minutes on 2 cores; stop it and call again to go on)"
-	@$(PY) -m basinlab tune
+	@PYTHONPATH=.:data $(PY) -m recipe.tune
 
 compare: $(INSTALLED)
 	@echo "compare: sampling all mitigations in profile $(PROFILE) (stop it and call again to go on)"
-	@$(PY) -m basinlab compare --profile $(PROFILE)
+	@$(PY) -m basinlab.comparison --profile $(PROFILE) $(if $(filter paper,$(PROFILE)),--out data/comparison.parquet)
 
 site: $(INSTALLED)
 	@echo "site: making pages of the notebooks as they are committed (seconds)"

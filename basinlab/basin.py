@@ -1,10 +1,9 @@
 """The paper's definitions, measured: attractor, perceptual ball, capture probability, transition point, funnel.
 
-Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the
-initial noise, inside the ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta.
-Here the ball's radius is calibrated on pictures that are known not to be copies, "whatever
-the noise" becomes many seeds, and a probability comes with its Wilson interval. Definition 3's
-transition point is read off samples whose guidance starts at many timesteps.
+Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the initial noise, inside the
+ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. Here the radius is calibrated on pictures that are
+known not to be copies, "whatever the noise" becomes many seeds, and a probability comes with its Wilson interval.
+Definition 3's transition point is read off samples whose guidance starts at many timesteps.
 """
 
 import math
@@ -55,10 +54,8 @@ def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt",
 class Attractor:
     """Definition 2 read off samples alone, without knowing the training set.
 
-    Attributes:
-        index: which sample is nearest to all others (the medoid).
-        epsilon: the smallest radius around it that holds at least 1 - ``delta`` of the samples.
-        delta: the probabilistic tolerance.
+    ``index`` is the sample that is nearest to all others (the medoid), ``epsilon`` the smallest radius around it that
+    holds at least 1 - ``delta`` of the samples.
     """
 
     index: int
@@ -81,8 +78,8 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
         runs: name -> trajectories of several prompts with the same seeds.
         of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
 
-    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and
-    high (95% bootstrap interval over prompts). Raises ValueError for one seed.
+    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and high (95% bootstrap
+    interval over prompts).
     """
     tables = []
     for name, run in runs.items():
@@ -119,10 +116,9 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
         table: a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
         of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
 
-    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured),
-    captured_at and free_at (the start times on either side of the flip), point (their middle; NaN
-    where nothing flips), and against, how many start times disagree with one flip: 0 where the
-    outcome is monotone (column monotone). The flip is put where the fewest disagree, at the
+    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured), captured_at and free_at
+    (the start times on either side of the flip), point (their middle; NaN where nothing flips), against (how many start
+    times disagree with one flip) and monotone (none does). The flip is put where the fewest disagree, and at the
     earliest start if there are several such places.
     """
     table = table.dropna(subset=of)
@@ -134,30 +130,18 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     free_early = np.cumsum(~copied, axis=1)
     held_late = copied.sum(axis=1, keepdims=True) - np.cumsum(copied, axis=1)
     wrong = np.concatenate([copied.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
-    flip = wrong.argmin(axis=1)
-    points = _points(wide.index.to_frame(index=False), flip, starts)
-    against = wrong.min(axis=1)
+    against, points = wrong.min(axis=1), _points(wide.index.to_frame(index=False), wrong.argmin(axis=1), starts)
     return points.assign(against=against, monotone=against == 0)
 
 
 def transition_points_by_bisection(
-    denoiser: Denoiser,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    attractors: Tensor,
-    distance,
-    radius: float,
-    starts: Sequence[int] | None = None,
-    **options,
+    denoiser: Denoiser, prompts, seeds, attractors: Tensor, distance, radius: float, starts=None, **options
 ) -> tuple[pd.DataFrame, Bisection]:
     """`transition_points` without the whole sweep: the flip of each sample is found by halving.
 
-    Args:
-        attractors: [B, 3, height, width], one a sample, prompt-major.
-        starts, options: as of `sampling.bisect`.
-
-    Returns the table, with the same columns but against and monotone, which halving cannot see
-    (where the outcome is not monotone it finds one of the flips), and the bisection itself.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; the options are those of `forks.bisect`.
+    Returns the table, without against and monotone, which halving cannot see (where the outcome is not monotone it
+    finds one of the flips), and the bisection itself.
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
@@ -181,8 +165,8 @@ def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> p
 def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
     """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
 
-    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a
-    median of 0 or 1000 says that half of them do not flip.
+    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a median of 0 or 1000
+    says that half of them do not flip.
     """
     placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
     rows = []
@@ -193,22 +177,14 @@ def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def membership(
-    denoiser: Denoiser,
-    prompt: str,
-    states: Tensor,
-    timestep: int,
-    attractor: Tensor,
-    distance,
-    radius: float,
-    guidance=None,
-    **options,
+    denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, radius, *args, **options
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
-    From each of ``states`` [B, C, H, W] ``guidance`` (default CFG 7.5) runs to the end; ``attractor`` is one picture,
-    ``options`` are of `sampling.sample_from`.
+    From each of ``states`` [B, C, H, W] CFG runs to the end. ``attractor`` is one picture; the further arguments are
+    those of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
     """
-    run = sample_from(denoiser, [prompt] * len(states), states, timestep, guidance, progress=False, **options)
+    run = sample_from(denoiser, [prompt] * len(states), states, timestep, *args, progress=False, **options)
     return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= radius
 
 
@@ -238,7 +214,6 @@ def escapes(
     Returns one row a push: prompt, seed, t, noise (the state's share of it), push, escaped.
     """
     times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(pushes), []
-    scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
     generator = torch.Generator().manual_seed(seed)
     for t in timesteps:
         if t not in times:
@@ -247,6 +222,7 @@ def escapes(
         direction = torch.randn(states.shape, generator=generator)
         direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
         # some schedulers' states are larger than x_t by a factor
+        scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
         factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
         noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
         pushed = torch.cat([states + r * noise * direction for r in pushes])
@@ -261,9 +237,9 @@ def escapes(
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    ``table`` is of `escapes`. Returns columns t, value, low, high (95% bootstrap over trajectories), in the latents'
-    own units, and n. The share that escapes is interpolated between pushes. The width is infinite where fewer than half
-    escape at the largest push; where half do at the smallest, it is that one, which is then too large.
+    Returns columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. The share
+    that escapes is interpolated between pushes. The width is infinite where fewer than half escape at the largest, and
+    too large where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
@@ -277,25 +253,20 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["t", "value", "low", "high", "n"])
 
 
-def _half(radii: np.ndarray, escaped: np.ndarray) -> float:
-    """Where ``escaped`` first reaches one half."""
+def _half(pushes: np.ndarray, escaped: np.ndarray) -> float:
+    """The push at which ``escaped`` first reaches one half."""
     above = np.flatnonzero(escaped >= 0.5)
-    if not len(above):
-        return np.inf
+    if not len(above) or above[0] == 0:
+        return float(pushes[0]) if len(above) else np.inf
     i = above[0]
-    if i == 0:
-        return float(radii[0])
     share = (0.5 - escaped[i - 1]) / (escaped[i] - escaped[i - 1])
-    return float(radii[i - 1] + share * (radii[i] - radii[i - 1]))
+    return float(pushes[i - 1] + share * (pushes[i] - pushes[i - 1]))
 
 
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:
     """Timestep of the first local minimum of the guidance magnitude (paper, dynamic transition point).
 
-    Args:
-        magnitude: [B, S] over falling ``timesteps`` [S].
-
-    Returns [B], NaN where the magnitude has no interior local minimum.
+    ``magnitude`` is [B, S] over falling ``timesteps`` [S]. Returns [B], NaN where there is no interior local minimum.
     """
     if magnitude.shape[1] < 3:
         return torch.full((len(magnitude),), torch.nan)

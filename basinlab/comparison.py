@@ -11,7 +11,6 @@ a method and measure, with intervals.
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,11 +43,10 @@ SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
 OWN = ("STP", "DTP", "OG + STP", "OG + DTP")  # the paper's
 PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")  # that leave guidance alone
 HELD_OUT = 16  # of the main scenario's memorized prompts, the last ones: settings are chosen on them
-EVERY = (*("CFG", "lower scale"), *PRIOR[:8], "Han, batch-wise", "SAIL", "interval", "schedule", *OWN)
 PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of settings and pairs
     "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "further": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
-    "reader": {"main": 6, "elsewhere": 4, "seeds": 2, "further": (6, 1), "steps": 50, "methods": EVERY},
-    "paper": {"main": 32, "elsewhere": 16, "seeds": 4, "further": (16, 2), "steps": 50, "methods": EVERY},
+    "reader": {"main": 6, "elsewhere": 4, "seeds": 2, "further": (6, 1), "steps": 50},
+    "paper": {"main": 32, "elsewhere": 16, "seeds": 4, "further": (16, 2), "steps": 50},
 }
 Setting = list  # of mitigations, the last of them a guidance
 
@@ -138,14 +136,7 @@ def run_grid(
     Every ``block`` prompts of a method are one file. The files are shared out among the processes, which all see
     ``folder``; at the end each has the whole table: the columns of ``judges``, method, and seconds a sample.
     """
-    team, parts, made_with = processes(), [], {**denoiser.settings(), "judges": judges.settings()}
-    for name, setting in methods.items():
-        for start in range(0, len(prompts), block):
-            rows = prompts.iloc[start : start + block]
-            plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
-            settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records")}
-            settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure, **made_with}
-            parts.append((name, setting, rows, settings))
+    team, made_with = processes(), {**denoiser.settings(), "judges": judges.settings()}
 
     def make(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
         began, options = time.perf_counter(), {"steps": steps, "batch_size": batch_size, "measure": measure}
@@ -153,9 +144,14 @@ def run_grid(
         seconds = (time.perf_counter() - began) / len(run)
         return judges(run, rows).assign(seconds=seconds)
 
-    def table(name, setting, rows, settings) -> pd.DataFrame:
+    def table(name: str, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+        plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
+        settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **made_with}
+        settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure}
         return kept(folder, name, settings, lambda: make(setting, rows)).assign(method=name)
 
+    blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
+    parts = [(name, setting, rows) for name, setting in methods.items() for rows in blocks]
     for part in parts[team.process_index :: team.num_processes]:
         count = len(table(*part))
         if bar is not None:
@@ -164,25 +160,9 @@ def run_grid(
     return pd.concat([table(*part) for part in parts], ignore_index=True)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One grid of a comparison."""
-
-    of: str  # "methods", "settings" or "pairs"
-    group: str
-    prompts: pd.DataFrame
-    seeds: range
-    methods: dict[tuple[str, int | None, str], Setting]  # (method, setting's number, rule that it is paired with) -> it
-
-    def settings(self) -> list:
-        tried = [[*name, *map(describe, setting)] for name, setting in self.methods.items()]
-        return [self.of, self.group, self.prompts["prompt"].tolist(), len(self.seeds), tried]
-
-
 def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     """``count`` of ``rows``, or all, at even distances."""
-    at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-    return rows.iloc[at].reset_index(drop=True)
+    return rows.iloc[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].reset_index(drop=True)
 
 
 def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFrame]:
@@ -190,27 +170,32 @@ def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFram
 
     Of the other bundled scenarios, ordinary prompts are sampled in the profile paper only.
     """
-    size, other = PROFILES[profile], scenario.name in SCENARIOS[1:]
-    found = {group: scenario.table(group).drop_duplicates("prompt") for group in scenario.prompts}
-    if scenario.name == MAIN:
-        found["memorized"] = found["memorized"].iloc[:-HELD_OUT]
-    if other and profile != "paper":
-        found.pop("ordinary", None)
-    return {g: spread(t, size["elsewhere" if other or g == "template" else "main"]) for g, t in found.items()}
+    size, other, found = PROFILES[profile], scenario.name in SCENARIOS[1:], {}
+    for group in scenario.prompts:
+        if group != "ordinary" or not other or profile == "paper":
+            rows = scenario.table(group).drop_duplicates("prompt")
+            rows = rows.iloc[:-HELD_OUT] if (scenario.name, group) == (MAIN, "memorized") else rows
+            found[group] = spread(rows, size["elsewhere" if other or group == "template" else "main"])
+    return found
 
 
-def plan(scenario: Scenario, profile: str = "reader") -> list[Task]:
-    """What `compare` samples: all methods on all groups; of the main scenario's memorized settings and pairs too."""
+def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
+    """What `compare` samples: (of, group, prompts, seeds, what is tried) of each grid.
+
+    All "methods" on all groups; on the main scenario's memorized prompts all "settings" and "pairs" too. What is tried
+    is (method, number of the setting or None, rule that it is paired with or "CFG") -> setting.
+    """
     size, parts = PROFILES[profile], groups(scenario, profile)
-    chosen = {name: setting for name, setting in tuned(scenario).items() if name in size["methods"]}
+    chosen = tuned(scenario)
+    chosen = {name: chosen[name] for name in size.get("methods", chosen)}
     alone = {(name, None, "CFG"): setting for name, setting in chosen.items()}
-    tasks = [Task("methods", group, rows, range(size["seeds"]), alone) for group, rows in parts.items()]
+    grids = [("methods", group, rows, range(size["seeds"]), alone) for group, rows in parts.items()]
     if scenario.name == MAIN:
         few = "memorized", spread(parts["memorized"], size["further"][0]), range(size["further"][1])
         every = {(name, i, "CFG"): x for name in chosen for i, x in enumerate(methods(scenario)[name])}
         both = {(prior, None, rule): setting for (prior, rule), setting in pairs(chosen).items()}
-        tasks += [Task("settings", *few, every), Task("pairs", *few, both)]
-    return tasks
+        grids += [("settings", *few, every), ("pairs", *few, both)]
+    return grids
 
 
 def compare(
@@ -218,31 +203,41 @@ def compare(
 ) -> pd.DataFrame:
     """The table of all that is in `plan`; resumes from ``folder``.
 
-    Columns: those of `run_grid`; scenario, group, of ("methods", "settings", "pairs"); setting, a number where all
-    were tried; rule, "CFG" or the one of the paper's methods that the method was paired with.
+    Columns: those of `run_grid`, and scenario, of, group, setting and rule, as in `plan`.
     """
-    denoiser, judges, tasks = scenario.load(device=device), Judges(scenario, device), plan(scenario, profile)
-    total, tables = sum(len(task.prompts) * len(task.seeds) * len(task.methods) for task in tasks), []
+    denoiser, judges, grids, tables = (
+        scenario.load(device=device),
+        Judges(scenario, device),
+        plan(scenario, profile),
+        [],
+    )
+    total = sum(len(rows) * len(seeds) * len(tried) for _, _, rows, seeds, tried in grids)
     with tqdm(total=total, unit="sample", desc=scenario.name, disable=not processes().is_main_process) as bar:
-        for task in tasks:
-            tried = {" ".join(str(x) for x in name if x is not None): setting for name, setting in task.methods.items()}
+        for of, group, rows, seeds, tried in grids:
+            names = {" ".join(str(x) for x in name if x is not None): name for name in tried}
             options = {"steps": PROFILES[profile]["steps"], "bar": bar}
-            found = run_grid(denoiser, task.prompts, task.seeds, tried, judges, folder, **options)
-            names = dict(zip(tried, task.methods, strict=True))
+            settings = dict(zip(names, tried.values(), strict=True))
+            found = run_grid(denoiser, rows, seeds, settings, judges, folder, **options)
             found[["method", "setting", "rule"]] = [names[name] for name in found["method"]]
-            tables.append(found.assign(of=task.of, group=task.group))
+            tables.append(found.assign(of=of, group=group))
     return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name).astype({"setting": "Int64"})
 
 
 def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     """The digest of all that a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
-    parts = [[s.load().settings(), Judges(s).settings(), [t.settings() for t in plan(s, profile)]] for s in scenarios]
-    return digest([*parts, PROFILES[profile]["steps"]])
+    parts = [PROFILES[profile]["steps"]]
+    for scenario in scenarios:
+        parts += [scenario.load().settings(), Judges(scenario).settings()]
+        for of, group, rows, seeds, tried in plan(scenario, profile):
+            settings = [[*name, *map(describe, setting)] for name, setting in tried.items()]
+            parts.append([of, group, rows["prompt"].tolist(), len(seeds), settings])
+    return digest(parts)
 
 
-def obtain(profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"):
-    """The table of the bundled scenarios: the one in data/, if it has this profile and is still of these weights,
-    judges and methods; else made now (see `compare`)."""
+def obtain(
+    profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"
+) -> pd.DataFrame:
+    """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
     scenarios, path = [read(name) for name in SCENARIOS], data_folder() / "comparison.parquet"
     if profile == "paper" and path.exists():
         table = pd.read_parquet(path)
@@ -271,9 +266,11 @@ MEASURES = {  # name -> its heading, and whether more of it is better on memoriz
 def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple | None:
     """Value, low, high, samples and prompts of one measure; None where it was not measured."""
     column = {"similarity_95": "similarity", "cmmd": "clip"}.get(name, name)
-    if column not in part or (name == "cmmd" and real is None) or (known := part.dropna(subset=column)).empty:
+    if column not in part or (known := part.dropna(subset=column)).empty:
         return None
     if name == "cmmd":
+        if real is None or known["prompt"].nunique() < 2:
+            return None
         features, prompts = torch.from_numpy(np.stack(known["clip"]).astype(np.float32)), known["prompt"].tolist()
         found = (metrics.cmmd(features, real, groups=prompts), *metrics.cmmd_interval(features, real, prompts))
     elif name == "similarity_95":

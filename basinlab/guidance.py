@@ -2,8 +2,7 @@
 
 At each step every sample has one weight w, and its prediction is eps_u + w (eps_c - eps_u). Where w is 0 for all
 samples only the unconditional prediction is made, where it is 1 only the conditional one. A new guidance is a class
-with one method, ``weight(timestep)``; timesteps run from 999 down to 0. As `diffusers.guiders.BaseGuidance` it can be
-saved, loaded, and used in modular pipelines. A step that is not after the last one begins a new batch.
+with one method, ``weight(timestep)``; timesteps run from 999 down to 0. It can be saved, and used in modular pipelines.
 """
 
 import logging
@@ -125,8 +124,7 @@ class ConstantGuidance(WeightedGuidance):
 class StaticTransitionPoint(WeightedGuidance):
     """CFG from one timestep on (paper, STP): ``before`` while t > ``start``, then ``guidance_scale``.
 
-    ``start`` 999 is CFG from T on, 0 is CFG at the last timestep at most. Between two timesteps of the sampler CFG
-    starts at the later one; ``transition_point`` says at which.
+    Between two timesteps of the sampler CFG starts at the later one; ``transition_point`` says at which.
 
     >>> late = StaticTransitionPoint(start=500, guidance_scale=7.5)
     >>> late.weight(501), late.weight(500)
@@ -154,14 +152,9 @@ class DynamicTransitionPoint(WeightedGuidance):
     """CFG, per sample, once the guidance magnitude has passed its first local minimum (paper, DTP).
 
     As in the official script the point is the first timestep at which ||eps_c - eps_u|| has risen after a fall, one
-    step after the minimum itself. A sample that shows no minimum gets CFG at ``latest`` all the same, and its
-    ``transition_point`` stays NaN. `sample` gives the predictions as epsilon, also of a network that predicts v; a
-    modular pipeline gives them as they are.
-
-    Args:
-        guidance_scale: after the point.
-        before: scale before the point: 0 as in the paper, 1 as in the official script, negative for `OppositeGuidance`.
-        latest: timestep from which every sample is guided; 500 is the paper's static point of SD 2.1.
+    step after the minimum itself. A sample that shows no minimum gets CFG at ``latest`` all the same (500 is the
+    paper's static point of SD 2.1), and its ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1
+    in the official script. `sample` gives all predictions as epsilon; a modular pipeline gives them as they are.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from scipy import stats
 from torch import Tensor
-from torchvision.models import get_model_weights
+from torchvision.models import AlexNet_Weights
 from torchvision.transforms.functional import normalize, resize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
@@ -53,23 +53,12 @@ def _downloaded(url: str, path: str | Path | None = None) -> Path:
 
 def _model_folder(name: str) -> Path:
     """A bundled or given model folder, or one of the Hugging Face cache."""
-    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and name[0] not in "./" else None
-    folders = [Path(name), data_folder() / name] + ([Path(cached).parent] if isinstance(cached, str) else [])
-    for folder in folders:
+    on_hub = name.count("/") == 1 and name[0] not in "./"
+    cached = try_to_load_from_cache(name, "config.json") if on_hub else None
+    for folder in [Path(name), data_folder() / name, *([Path(cached).parent] if isinstance(cached, str) else [])]:
         if (folder / "config.json").exists():
             return folder
-    raise FileNotFoundError(
-        f"no model in {name!r} or {data_folder() / name}: restore a bundled one with `git checkout -- data`, "
-        f"fetch one of the hub with `hf download {name}`"
-    )
-
-
-def _weights(network: torch.nn.Module) -> str:
-    """Which weights these are: the first 16 digits of their SHA-256."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    raise FileNotFoundError(f"no model in {name!r} or {data_folder() / name}: if it is a hub id, `hf download {name}`")
 
 
 def _load(kind, name: str, device):
@@ -80,17 +69,25 @@ def _load(kind, name: str, device):
     return model.eval().to(device), folder
 
 
-class CopyDistance:
+class _Judge:
+    @cached_property
+    def weights(self) -> str:
+        """Which weights these are: the first 16 digits of their SHA-256."""
+        digest = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class CopyDistance(_Judge):
     """1 - cosine similarity of copy-detection descriptors (SSCD; Pizzi et al. 2022): 0 for a copy.
 
     Args:
         name: "descriptor", the bundled one made by SSCD's recipe; another such folder; "sscd", the authors' TorchScript
             file in torch hub's cache; or the path of such a file (``*.pt``).
-        device: where it runs.
         sha256: checksum of the TorchScript file. TorchScript is code, so no other file is opened.
 
-    SSCD sees pictures as its README recommends for batches: resized to 320 x 320 (bilinear, antialiased), whatever
-    their aspect, and normalized with ImageNet's mean and deviation.
+    SSCD sees pictures as its README recommends for batches: resized to 320 x 320, whatever their aspect.
     """
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu", sha256: str = SSCD_SHA256):
@@ -105,11 +102,6 @@ class CopyDistance:
             self.network = torch.jit.load(path, map_location=self.device).eval()
         else:
             self.network, _ = _load(ResNetForImageClassification, self.name, self.device)
-
-    @cached_property
-    def weights(self) -> str:
-        """Which weights these are."""
-        return _weights(self.network)
 
     def _describe(self, pictures: Tensor) -> Tensor:
         if not self._scripted:
@@ -135,27 +127,23 @@ class CopyDistance:
 
 
 class PerceptualDistance:
-    """LPIPS 0.1 (Zhang et al. 2018; package lpips): 0 for the same picture.
+    """LPIPS 0.1 (Zhang et al. 2018; package lpips) on AlexNet, its authors' choice: 0 for the same picture.
 
-    Args:
-        net: "alex" (its authors' choice for comparing) or "vgg".
-        device: where it runs.
-        weights: file of the torchvision backbone (default: where torch hub's cache keeps it).
+    ``weights`` is torchvision's file of AlexNet, by default where torch hub's cache keeps it.
     """
 
-    def __init__(self, net: str = "alex", device: str | torch.device = "cpu", weights: str | Path | None = None):
+    def __init__(self, device: str | torch.device = "cpu", weights: str | Path | None = None):
         import lpips  # half a second that only this class needs
 
-        self.name, self.device = f"lpips-{net}", torch.device(device)
-        backbone = get_model_weights({"alex": "alexnet", "vgg": "vgg16"}[net]).IMAGENET1K_V1
-        given = torch.load(_downloaded(backbone.url, weights), map_location="cpu", weights_only=True)
+        path = _downloaded(AlexNet_Weights.IMAGENET1K_V1.url, weights)
+        given = torch.load(path, map_location="cpu", weights_only=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torchvision, that lpips calls it in an old way
-            network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+            network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         # lpips cuts torchvision's ``features`` into slices: slice1.0.weight is features.0.weight
         names = network.net.state_dict()
         network.net.load_state_dict({name: given["features." + name.split(".", 1)[1]] for name in names})
-        self.network = network.to(self.device)
+        self.network, self.device = network.to(device), device
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
@@ -166,48 +154,39 @@ class PerceptualDistance:
             return torch.cat([self.network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
 
 
-class Alignment:
+class Alignment(_Judge):
     """How well pictures fit words, by a CLIP (Radford et al. 2021).
 
-    Args:
-        name: "clip", the bundled one; another CLIPModel folder; or a hub id such as "openai/clip-vit-large-patch14"
-            that is in the local Hugging Face cache.
-        device: where it runs.
-
-    Pictures are resized to CLIP's square, not cropped.
+    ``name`` is "clip", the bundled one; another CLIPModel folder; or a hub id such as "openai/clip-vit-large-patch14"
+    that is in the local Hugging Face cache. Pictures are resized to CLIP's square, not cropped.
     """
 
     def __init__(self, name: str = "clip", device: str | torch.device = "cpu"):
         self.name = str(name)
-        self.model, folder = _load(CLIPModel, self.name, device)
+        self.network, folder = _load(CLIPModel, self.name, device)
         if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json")):
             raise OSError(f"{folder} has no tokenizer.json: transformers would go on with an empty vocabulary")
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
 
-    @cached_property
-    def weights(self) -> str:
-        """Which weights these are."""
-        return _weights(self.model)
-
     def picture_features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
         """Unit image embeddings [B, F]."""
-        side, parts = self.model.config.vision_config.image_size, []
-        with torch.inference_mode():
-            for part in _checked(pictures).split(batch_size):
-                pixels = part.to(self.model.device, torch.float32)
-                if pixels.shape[-2:] != (side, side):
-                    pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
-                pixels = normalize(pixels, self.processor.image_mean, self.processor.image_std)
-                parts.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
+        side, parts = self.network.config.vision_config.image_size, []
+        for part in _checked(pictures).split(batch_size):
+            pixels = part.to(self.network.device, torch.float32)
+            if pixels.shape[-2:] != (side, side):
+                pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+            pixels = normalize(pixels, self.processor.image_mean, self.processor.image_std)
+            with torch.inference_mode():
+                parts.append(self.network.visual_projection(self.network.vision_model(pixels).pooler_output))
         return F.normalize(torch.cat(parts), dim=1).cpu()
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit text embeddings [B, F]."""
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.inference_mode():
-            states = self.model.text_model(**tokens.to(self.model.device)).pooler_output
-            return F.normalize(self.model.text_projection(states), dim=1).cpu()
+            states = self.network.text_model(**tokens.to(self.network.device)).pooler_output
+            return F.normalize(self.network.text_projection(states), dim=1).cpu()
 
     def score(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
         """CLIP score: cosine of each picture with the text in its place, [B]."""
@@ -236,16 +215,13 @@ def diversity(features: Tensor) -> Tensor:
 
 
 def _kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
-    """CMMD's kernel, [A, B]: Gaussian, times 1000."""
     return 1000 * torch.exp(-torch.cdist(a, b).square() / (2 * bandwidth**2))
 
 
 def _mean_between(sums: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over all pairs of different groups, and the same without each group in turn, [G].
 
-    Args:
-        sums: [G, G], kernel summed over the pairs of two groups.
-        pairs: [G, G], how many those are.
+    ``sums`` [G, G] is the kernel summed over the pairs of two groups, ``pairs`` [G, G] how many those are.
     """
     sums, pairs = (x.clone().fill_diagonal_(0) for x in (sums, pairs))
     without = (sums.sum() - 2 * sums.sum(dim=1)) / (pairs.sum() - 2 * pairs.sum(dim=1))
@@ -254,29 +230,21 @@ def _mean_between(sums: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_mmd(features: Tensor, references: Tensor, bandwidth: float, groups) -> tuple[Tensor, Tensor, Tensor]:
     """Unbiased squared MMD (Gretton et al. 2012, eq. 3), without each group [G], and without each reference [B]."""
-    a, b = (x.cpu().double() for x in (features, references))
+    a, b = features.cpu().double(), references.cpu().double()
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features hold NaN or infinity: leave those pictures out")
-    groups = range(len(a)) if groups is None else groups
-    _one_each(a, groups)
-    names, code = np.unique(np.asarray(groups), return_inverse=True)
+    names, code = np.unique(np.asarray(range(len(a)) if groups is None else groups), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"all pictures are of group {names[0]!r}: an unbiased estimate needs pairs of two groups")
-    code = torch.as_tensor(code)
-    sizes = torch.bincount(code).double()
-
-    def by_group(values: Tensor) -> Tensor:
-        return values.new_zeros(len(names), values.shape[1]).index_add_(0, code, values)
-
-    own, own_without = _mean_between(by_group(by_group(_kernel(a, a, bandwidth)).T), torch.outer(sizes, sizes))
-    real, real_without = _mean_between(_kernel(b, b, bandwidth), torch.ones(len(b), len(b), dtype=b.dtype))
-    cross = by_group(_kernel(a, b, bandwidth))
+    member = F.one_hot(torch.as_tensor(code)).double()  # [A, G]
+    sizes = member.sum(dim=0)
+    own, own_without = _mean_between(member.T @ _kernel(a, a, bandwidth) @ member, torch.outer(sizes, sizes))
+    real, real_without = _mean_between(_kernel(b, b, bandwidth), torch.ones(len(b), len(b)))
+    cross = member.T @ _kernel(a, b, bandwidth)
     rest, rest_real = cross.sum() - cross.sum(dim=1), cross.sum() - cross.sum(dim=0)
-    return (
-        own + real - 2 * cross.sum() / (len(a) * len(b)),
-        own_without + real - 2 * rest / ((len(a) - sizes) * len(b)),
-        own + real_without - 2 * rest_real / (len(a) * (len(b) - 1)),
-    )
+    value = own + real - 2 * cross.sum() / (len(a) * len(b))
+    without_group = own_without + real - 2 * rest / ((len(a) - sizes) * len(b))
+    return value, without_group, own + real_without - 2 * rest_real / (len(a) * (len(b) - 1))
 
 
 def cmmd(features: Tensor, references: Tensor, bandwidth: float = 10.0, groups: Sequence | None = None) -> Tensor:
@@ -286,30 +254,24 @@ def cmmd(features: Tensor, references: Tensor, bandwidth: float = 10.0, groups: 
 
     Args:
         features, references: [A, F] and [B, F], unit image features of `Alignment` for generated and real pictures.
-        bandwidth: 10 is the authors', for unit features of ViT-L/14 at 336 pixels. On any unit features it is wide, so
-            CMMD is nearly 10 times the squared distance of the mean features. It is kept so that the number has the
-            authors' unit, but one CLIP's values do not compare with another's. About 0.5 sees more than means.
+        bandwidth: 10 is the authors', and wide: CMMD is nearly 10 times the squared distance of the mean features. One
+            CLIP's values do not compare with another's.
         groups: [A], such as the prompt of each picture. Pictures of one prompt are not independent, so their
             pairs are left out, as a picture's pair with itself always is (the authors' code keeps the latter).
     """
     return _squared_mmd(features, references, bandwidth, groups)[0]
 
 
-def cmmd_interval(
-    features: Tensor, references: Tensor, groups: Sequence, bandwidth: float = 10.0, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Interval of `cmmd`: low, high; NaN for fewer than 3 groups or references.
+def cmmd_interval(features: Tensor, references: Tensor, groups: Sequence, bandwidth: float = 10.0):
+    """95% interval of `cmmd`: low, high; NaN for fewer than 3 groups or references.
 
     A delete-one jackknife of the two-sample U-statistic over whole groups and over single references (Arvesen 1969),
-    with Student's t. A bootstrap would draw pictures twice, whose pairs look like copies. Where both distributions are
-    one, the interval is too wide rather than too narrow.
+    with Student's t. A bootstrap would draw pictures twice, whose pairs look like copies.
     """
     value, *without = _squared_mmd(features, references, bandwidth, groups)
     fewest = min(len(w) for w in without)
-    if fewest < 3:
-        return float("nan"), float("nan")
     variance = sum((len(w) - 1) * w.var(correction=0) for w in without)
-    half = stats.t.ppf(0.5 + confidence / 2, fewest - 1) * variance.sqrt()
+    half = stats.t.ppf(0.975, fewest - 1) * variance.sqrt() if fewest > 2 else float("nan")
     return float(value - half), float(value + half)
 
 
@@ -331,13 +293,6 @@ def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tupl
         a, b = (x[:, outside].flatten() - x[:, outside].mean() for x in (picture, reference))
         results.append(torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-8))
     return torch.stack(results)
-
-
-def background_colour(pictures: Tensor, border: int = 2) -> Tensor:
-    """Median colour of the outermost ``border`` pixels, [B, 3]."""
-    edge = torch.ones(pictures.shape[-2:], dtype=torch.bool)
-    edge[border:-border, border:-border] = False
-    return _checked(pictures)[:, :, edge].median(dim=2).values
 
 
 def mean_pairwise_distance(states: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
-A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself, so that a result does not
-depend on the batch around it. What is drawn at random depends on the seed, apart from the initial noise.
-``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])`` applies them in order.
+A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself, so that a result does
+not depend on the batch around it. What is drawn at random depends on the seed, apart from the initial noise. Lists of
+mitigations are applied in order: ``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])``.
 
 Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space scales with the
 square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T) of the noise schedule as well.
@@ -40,8 +40,7 @@ def _noise(mitigation: Mitigation, state: State, *more: int) -> Tensor:
 class _Insertion(Mitigation):
     """``count`` words put into the prompt, each at a random place.
 
-    The inference-time mitigations of Somepalli et al., NeurIPS 2023 (arXiv 2305.20086, their
-    sd_mitigation.py), who insert 4.
+    The inference-time mitigations of Somepalli et al., NeurIPS 2023 (arXiv 2305.20086, sd_mitigation.py), who insert 4.
     """
 
     count: int = 4
@@ -94,12 +93,9 @@ class EmbeddingNoise(Mitigation):
 class ConditionAnnealing(Mitigation):
     """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
-    y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma
-    rises from 0 at t >= ``first`` to 1 at t <= ``last``.
-
-    Args:
-        scale: s. first, last: tau_2 and tau_1 as timesteps. mixing: psi, 1 for full rescaling.
-            The defaults are those of the official script of Jain et al.
+    y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma rises from 0 at
+    t >= ``first`` to 1 at t <= ``last``. In their letters ``first`` and ``last`` are tau_2 and tau_1, and ``mixing``
+    is psi, 1 for full rescaling. The defaults are those of the official script of Jain et al.
     """
 
     scale: float = 0.1
@@ -168,8 +164,8 @@ def _descend(
 ) -> Tensor:
     """``start`` [B, ...], changed until ``loss`` [B] is at most ``target`` or ``iterations`` are over.
 
-    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each. Steps are made in
-    float32, where the optimizer's squares do not underflow.
+    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each. Steps are made in float32,
+    where the optimizer's squares do not underflow.
     """
     with torch.inference_mode(False), torch.enable_grad():
         variable = start.detach().float().clone().requires_grad_()
@@ -194,11 +190,8 @@ class PromptOptimization(Mitigation):
     """The embedding moved until the guidance magnitude at the first step is small.
 
     Wen et al., ICLR 2024 (arXiv 2407.21720, their aug_prompt): min over e of ||eps(x_T, e) - eps(x_T, e_empty)||, by
-    AdamW on all tokens but the begin token.
-
-    Args:
-        target: magnitude at which a sample stops; theirs 3 for Stable Diffusion 1.4.
-        rate, iterations: theirs 0.05 and 10.
+    AdamW on all tokens but the begin token. A sample stops at the magnitude ``target``, theirs 3 for Stable Diffusion
+    1.4; their ``rate`` and ``iterations`` are 0.05 and 10.
     """
 
     target: float = 3.0
@@ -223,11 +216,8 @@ class PromptOptimization(Mitigation):
 class NoiseDescent(Mitigation):
     """Initial noise moved until the guidance magnitude at T is small, by AdamW.
 
-    Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||.
-
-    Args:
-        target: magnitude at which a sample stops; theirs 0.9.
-        rate, iterations: of AdamW; theirs 0.01 and 1000.
+    Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||. A sample stops at the
+    magnitude ``target``, theirs 0.9; their ``rate`` and ``iterations`` are 0.01 and 1000.
     """
 
     target: float = 0.9
@@ -249,12 +239,9 @@ class NoiseDescent(Mitigation):
 class NoiseAscent(Mitigation):
     """Initial noise moved away from where the guidance grows, without gradients.
 
-    Han et al., NeurIPS 2025 (arXiv 2510.08625), batch-wise: with g = eps_c - eps_u, each iteration
-    replaces x_T by x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth
-    step on; that is the guidance's part.
-
-    Args:
-        rho, gamma, iterations: theirs 50, 0.7 and 2.
+    Han et al., NeurIPS 2025 (arXiv 2510.08625), batch-wise: with g = eps_c - eps_u, each iteration replaces x_T by
+    x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth step on; that is the
+    guidance's part. The defaults are theirs.
     """
 
     rho: float = 50.0
@@ -277,13 +264,10 @@ class NoiseAscent(Mitigation):
 class SharpnessAwareNoise(Mitigation):
     """SAIL: initial noise where the conditional density is flat.
 
-    Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius``
-    ahead along the guidance, which stands for the sharpness, plus ``pull`` times the norm of the noise.
-    Theirs draws new noise for a sample that misses the target; here it keeps what it reached.
-
-    Args:
-        target: of the sum; theirs 8.2.
-        radius, pull, rate, iterations: theirs 1, 0.05, 0.05 and 10.
+    Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius`` ahead along the
+    guidance, which stands for the sharpness, plus ``pull`` times the norm of the noise, until the sum is at most
+    ``target``. Theirs draws new noise for a sample that misses the target; here it keeps what it reached. The defaults
+    are theirs.
     """
 
     target: float = 8.2

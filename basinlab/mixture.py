@@ -1,8 +1,8 @@
 """A world in the plane whose denoiser is known in closed form: what sampling finds can be checked exactly.
 
-Pictures are points (x, y); a prompt is a set of weights over Gaussian components. The noised
-density is again a Gaussian mixture, so its score, hence epsilon, is exact (Definition 1 with
-e = the weights). One component, a very narrow one, is the duplicated picture.
+Pictures are points (x, y); a prompt is a set of weights over Gaussian components. The noised density is again a
+Gaussian mixture, so its score, hence epsilon, is exact (Definition 1 with e = the weights). One component, a very
+narrow one, is the duplicated picture.
 """
 
 import hashlib
@@ -20,13 +20,10 @@ class MixtureDenoiser(Denoiser):
     """The exact epsilon of a Gaussian mixture in the plane.
 
     Args:
-        centres: [K, 2].
-        deviations: [K], the standard deviation of each component.
+        centres, deviations: [K, 2] and [K], of the components.
         prompts: weights [K] by prompt; "" is the empty prompt, the unconditional density.
         scheduler: whose config is the noise schedule; default DPM-Solver on Stable Diffusion's betas.
         dtype: of the latents; float64 where it is held against a reference.
-
-    Raises ValueError for weights that do not sum to 1, or where "" is missing.
 
     >>> world = MixtureDenoiser([(0, 0), (4, 0)], [1, 1], {"": [0.5, 0.5], "right": [0, 1]})
     >>> world.draw(1000, "right")[:, 0].mean().round()
@@ -60,18 +57,14 @@ class MixtureDenoiser(Denoiser):
     def with_duplicate(cls, share: float = 0.8, **options) -> "MixtureDenoiser":
         """Six broad modes on a ring and one duplicated point.
 
-        The prompt "memorized" means the duplicate in ``share`` of its uses and the first mode in the
-        rest; "ordinary" means the first mode; without a prompt a point is of any mode, or, in one
-        case of a hundred, the duplicate.
+        The prompt "memorized" means the duplicate in ``share`` of its uses and the first mode in the rest; "ordinary"
+        means the first mode; without a prompt a point is of any mode, or, in one case of a hundred, the duplicate.
         """
         angles = np.pi / 3 * np.arange(6)
         ring = 6 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        first, none = np.eye(6)[0], np.zeros(6)
-        prompts = {
-            "": [*np.full(6, 0.99 / 6), 0.01],
-            "ordinary": [*first, 0.0],
-            "memorized": [*((1 - share) * first), share] if share < 1 else [*none, 1.0],
-        }
+        first = np.eye(6)[0]
+        prompts = {"": [*np.full(6, 0.99 / 6), 0.01], "ordinary": [*first, 0.0]}
+        prompts["memorized"] = [*((1 - share) * first), share]
         return cls([*ring, (2.0, -2.5)], [*[0.9] * 6, 0.05], prompts, **options)
 
     @property
@@ -86,7 +79,7 @@ class MixtureDenoiser(Denoiser):
         return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Weights over the components, [B, 1, K]. Raises ValueError for a prompt that the world has not."""
+        """Weights over the components, [B, 1, K]."""
         if missing := [p for p in prompts if p not in self.weights]:
             raise ValueError(f"no prompt {missing[0]!r} in this world; it has {list(self.weights)}")
         return torch.stack([self.weights[p] for p in prompts])[:, None]

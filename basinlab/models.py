@@ -279,7 +279,7 @@ def _folder(name: str) -> Path:
 
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
-    """The folder of ``own``'s pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
+    """The folder of the pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
     if not (own / "base.json").exists():
         return own, unet
     settings = json.loads((own / "base.json").read_text())
@@ -381,8 +381,4 @@ def without_bars():
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
     """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
-    found = []
-    for path in paths:
-        with Image.open(path) as picture:
-            found.append(to_tensor(picture.convert("RGB")))
-    return torch.stack(found)
+    return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

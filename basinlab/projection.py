@@ -1,10 +1,8 @@
 """Trajectories on a sheet of paper.
 
-UMAP equalises local density: a crowd and a scatter of points come out about equally wide, so
-a funnel drawn by plain UMAP could be an artefact, and a real one could be flattened. densMAP
-(Narayan, Berger and Cho 2021) adds a term that keeps local radii in proportion, which is what
-a funnel is about; it is the default here. PCA, a linear map that cannot invent structure,
-stands beside it as a check.
+UMAP equalises local density: a crowd and a scatter of points come out about equally wide, so that a funnel drawn by
+plain UMAP could be an artefact, and a real one could be flattened. densMAP (Narayan, Berger and Cho 2021) keeps local
+radii in proportion, which is what a funnel is about; it is the default here.
 """
 
 from collections.abc import Sequence
@@ -13,8 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from torch import Tensor
-
-METHODS = ("densmap", "umap", "pca")
 
 
 @dataclass(frozen=True)
@@ -47,26 +43,18 @@ def project(
     Args:
         states: [B, S, ...], such as `Trajectory.predicted`; B S points of any shape.
         timesteps: [S].
-        method: "densmap", "umap" or "pca".
+        method: "densmap" or "umap".
         neighbours: of UMAP's graph; large enough to reach across trajectories, not only along them.
         seed: of UMAP's layout; the same seed gives the same picture.
-
-    Raises ValueError for an unknown method or states that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: give one of {METHODS}")
+    from umap import UMAP  # takes seconds to import
+
+    if method not in ("densmap", "umap"):
+        raise ValueError(f"method is {method!r}: give 'densmap' or 'umap'")
     points = states.flatten(2).flatten(0, 1).numpy()
-    if not np.isfinite(points).all():
-        raise ValueError("states hold NaN or infinite values: nothing to project")
-    if method == "pca":
-        from sklearn.decomposition import PCA
-
-        flat = PCA(2, random_state=seed).fit_transform(points)
-    else:
-        from umap import UMAP
-
-        mapper = UMAP(
-            n_neighbors=min(neighbours, len(points) - 1), densmap=method == "densmap", random_state=seed, n_jobs=1
-        )
-        flat = mapper.fit_transform(points)
-    return Projection(flat.reshape(*states.shape[:2], 2), timesteps.numpy(), method)
+    finite = np.isfinite(points).all(axis=1).sum()
+    if len(points) < 5 or finite < len(points):
+        raise ValueError(f"{len(points)} points, {finite} of them finite: give 5 or more")
+    nearest = min(neighbours, len(points) - 1)
+    mapper = UMAP(n_neighbors=nearest, densmap=method == "densmap", random_state=seed, n_jobs=1)
+    return Projection(mapper.fit_transform(points).reshape(*states.shape[:2], 2), timesteps.numpy(), method)

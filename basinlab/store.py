@@ -20,11 +20,7 @@ def output_folder() -> Path:
 
 
 def digest(settings) -> str:
-    """Ten digits that stand for ``settings``, as JSON; a path is refused, as it says nothing of content.
-
-    >>> digest({"scale": 7.5, "seeds": (0, 1)}) == digest({"seeds": [0, 1], "scale": 7.5})
-    True
-    """
+    """Ten digits that stand for ``settings``, as JSON; a path is refused, as it says nothing of content."""
 
     def plain(value):
         if isinstance(value, os.PathLike):

@@ -21,20 +21,18 @@ from common import by_column, write
 def work(options: argparse.Namespace) -> None:
     """What each process does."""
     import basinlab
-    from basinlab import experiment
-    from basinlab.bundled import comparison, evaluation
+    from basinlab.comparison import processes, run_grid
 
-    denoiser = basinlab.load("emoji-duplicated")
-    judges = evaluation.Judges(denoiser.name)
-    prompts = basinlab.scenarios.read(denoiser.name).table().head(options.prompts)
-    strategies = {"CFG": basinlab.ConstantGuidance(5.0), "STP": basinlab.StaticTransitionPoint(500, 5.0)}
-    judge = lambda run, rows: comparison.outcome(run, rows, judges)  # noqa: E731
+    scenario = basinlab.scenarios.read("emoji-duplicated")
+    denoiser, judges = scenario.load(), basinlab.scenarios.Judges(scenario)
+    prompts = scenario.table().head(options.prompts)
+    methods = {"CFG": [basinlab.ConstantGuidance(5.0)], "STP": [basinlab.StaticTransitionPoint(500, 5.0)]}
     grid = {"block": options.block, "steps": options.steps}
-    experiment.run_grid(denoiser, prompts.head(1), [0], strategies, judge, options.parts / "warm-up", steps=2)
-    team = experiment.processes()
+    run_grid(denoiser, prompts.head(1), [0], methods, judges, options.parts / "warm-up", steps=2)
+    team = processes()
     team.wait_for_everyone()
     began = time.perf_counter()
-    table = experiment.run_grid(denoiser, prompts, range(options.seeds), strategies, judge, options.parts, **grid)
+    table = run_grid(denoiser, prompts, range(options.seeds), methods, judges, options.parts, **grid)
     seconds = time.perf_counter() - began
     if team.is_main_process:
         bytes_written = sum(path.stat().st_size for path in options.parts.glob("*.parquet"))

@@ -174,7 +174,8 @@ def test_pushes_are_in_units_of_the_noise_for_a_scheduler_with_larger_states_too
         run = run[(distance(run.images(), world.duplicate.expand(60, -1, -1, -1)) <= 0.5).nonzero().flatten().tolist()]
         t = run.timesteps.tolist()[20]
         attractors = world.duplicate.expand(len(run), -1, -1, -1)
-        pushes = basin.escapes(run, attractors, distance, ball, [t], [0, 4], guidance, **options)
-        freed[scheduler] = pushes.groupby("radius")["escaped"].mean()
+        times = [run.timesteps.tolist()[0], t]  # the later one must not be measured in units of the first
+        pushes = basin.escapes(run, attractors, distance, ball, times, [0, 4], guidance, **options)
+        freed[scheduler] = pushes.query("t == @t").groupby("radius")["escaped"].mean()
     assert freed["EulerDiscreteScheduler"][0] == 0
     assert freed["EulerDiscreteScheduler"][4] == pytest.approx(freed["DDIMScheduler"][4], abs=0.15)

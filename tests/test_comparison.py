@@ -1,9 +1,13 @@
-"""The comparison: its plan, its grid, and what is read off the table."""
+"""The comparison: its methods, its grid, and what is read off the table."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,144 +15,169 @@ import pytest
 import torch
 
 import basinlab
-from basinlab import metrics
-from basinlab.bundled import comparison, tables
-from basinlab.bundled.evaluation import Judges
+from basinlab import comparison, mitigations, scenarios
+from basinlab.guidance import describe
+
+ROOT = str(Path(__file__).parents[1])
+MAIN = scenarios.read(comparison.MAIN)
 
 
-def test_settings_are_chosen_on_prompts_that_are_not_compared():
-    held_out = set(comparison.held_out()["prompt"])
-    assert len(held_out) == comparison.HELD_OUT
-    for profile in comparison.PROFILES:
-        for task in comparison.plan(profile):
-            assert not held_out & set(task.prompts["prompt"])
+# Methods
 
 
 def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_is_taken():
-    methods = comparison.contenders(5.0)
-    assert {len(tries) for name, tries in methods.items() if name != "CFG"} == {4}
-    rows = [(name, i, float(i in (1, 3))) for name, tries in methods.items() for i in range(len(tries))]
-    tuning = pd.DataFrame(rows, columns=["method", "setting", "new_and_right"])
-    chosen = comparison.tuned(5.0, tuning.sample(frac=1, random_state=0))
-    assert {name: strategy.settings() for name, strategy in chosen.items()} == {
-        name: tries[min(1, len(tries) - 1)].settings() for name, tries in methods.items()
-    }
-    assert [*comparison.chosen_settings(tuning)] == [*methods]  # in the tuning's own order
-    assert {name for name in comparison.combinations(chosen)} == {
-        f"{prior} + {rule}" for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")
-    }
+    methods = comparison.methods(MAIN)
+    assert {len(settings) for name, settings in methods.items() if name != "CFG"} == {4}
+    assert len(methods) == 18
+    rows = [(name, i, float(i in (1, 3))) for name, settings in methods.items() for i in range(len(settings))]
+    tuning = pd.DataFrame(rows, columns=["method", "setting", "new_and_right"]).sample(frac=1, random_state=0)
+    assert comparison.best_settings(tuning) == {name: int(name != "CFG") for name in methods}
+    chosen = comparison.tuned(MAIN)
+    assert {*chosen} == {*methods} and describe(chosen["CFG"][0])["guidance_scale"] == MAIN.guidance_scale
+    both = comparison.pairs(chosen)
+    assert {*both} == {(prior, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
+    assert [type(x).__name__ for x in both["GNI", "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
 
 
-def test_a_missing_or_old_tuning_names_the_cure(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no setting of \['CADS'.*run `make tune`"):
-        comparison.tuned(5.0, pd.DataFrame({"method": ["CFG"], "setting": [0], "new_and_right": [0.0]}))
-    monkeypatch.setenv("BASINLAB_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"tuning.csv is missing: restore it with .* or run `make tune`"):
-        comparison.tuned(5.0)
+def test_published_scenarios_get_the_authors_settings():
+    scenario = scenarios.read("sd21-laion10k")
+    methods = comparison.methods(scenario)
+    assert len(methods) == 18 and all(len(settings) == 1 for settings in methods.values())
+    chosen = comparison.tuned(scenario)
+    assert chosen["Wen"][0] == mitigations.PromptOptimization(3.0, 0.05, 10)
+    assert describe(chosen["STP"][0]) == describe(basinlab.StaticTransitionPoint(500, 7.5))
+    assert describe(chosen["OG + STP"][0]) == describe(basinlab.OppositeGuidance(650, 7.5, 2.0))
+    assert describe(chosen["Han, batch-wise"][-1]) == describe(basinlab.StaticTransitionPoint(919, 7.5))
+
+
+def test_settings_are_chosen_on_prompts_that_are_not_compared():
+    held_out = set(MAIN.table()["prompt"].iloc[-comparison.HELD_OUT :])
+    for profile in comparison.PROFILES:
+        assert not held_out & {prompt for _, _, rows, *_ in comparison.plan(MAIN, profile) for prompt in rows["prompt"]}
 
 
 def test_the_paper_profile_has_the_size_that_is_stated():
-    sizes = {
-        (t.scenario, t.group): (len(t.prompts), len(t.seeds)) for t in comparison.plan("paper") if t.of == "methods"
-    }
+    sizes = {}
+    for name in comparison.SCENARIOS:
+        for of, group, rows, seeds, tried in comparison.plan(scenarios.read(name), "paper"):
+            if of == "methods":
+                sizes[name, group] = len(rows), len(seeds), len(tried)
     assert sizes == {
-        ("emoji-duplicated", "memorized"): (32, 4),
-        ("emoji-duplicated", "template"): (16, 4),
-        ("emoji-duplicated", "ordinary"): (32, 4),
-        ("emoji-finetuned", "memorized"): (16, 4),
-        ("emoji-finetuned", "ordinary"): (16, 4),
-        ("emoji-classes", "memorized"): (10, 4),  # there are no more classes
-        ("emoji-classes", "ordinary"): (16, 4),
+        ("emoji-duplicated", "memorized"): (32, 4, 18),
+        ("emoji-duplicated", "template"): (16, 4, 18),
+        ("emoji-duplicated", "ordinary"): (32, 4, 18),
+        ("emoji-finetuned", "memorized"): (16, 4, 18),
+        ("emoji-finetuned", "ordinary"): (16, 4, 18),
+        ("emoji-classes", "memorized"): (10, 4, 18),  # there are no more classes
+        ("emoji-classes", "ordinary"): (16, 4, 18),
     }
 
 
-def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no profile 'papers'.*'paper', 'reader'"):
-        comparison.plan("papers")
-    with pytest.raises(ValueError, match=r"no method \['STQ'\].*'STP'"):
-        comparison.plan("tiny", only=["CFG", "STQ"])
+# The grid
+
+
+@dataclass(frozen=True)
+class Nothing(basinlab.Mitigation):
+    """A mitigation that changes nothing, but is another method."""
+
+
+class Plain:
+    """Stands for judges, in a world without pictures."""
+
+    def __init__(self, **settings):
+        self.settings = settings.copy
+
+    def __call__(self, run, rows):
+        table = rows.loc[rows.index.repeat(len(run) // len(rows))].reset_index(drop=True)
+        return table.assign(seed=run.seeds, end=run.latents[:, -1].flatten(1).tolist())
+
+
+def grid(folder, judges=None, methods=None, **changed):
+    prompts = changed.pop("prompts", pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"]}))
+    world = basinlab.MixtureDenoiser.with_duplicate()
+    methods = methods or {"CFG": [basinlab.ConstantGuidance(3.0)], "none": [basinlab.ConstantGuidance(np.int64(0))]}
+    options = {"steps": 4, "block": 1, **changed}
+    return comparison.run_grid(world, prompts, np.arange(2), methods, judges or Plain(a=1), folder, **options)
+
+
+def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
+    whole = grid(tmp_path)
+    assert whole[["method", "object", "seed"]].values.tolist() == [
+        [m, o, s] for m in ("CFG", "none") for o in "ab" for s in (0, 1)
+    ]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == 4
+    pd.testing.assert_frame_equal(grid(tmp_path), whole)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    others = [
+        {"methods": {"CFG": [basinlab.ConstantGuidance(4.0)]}},
+        {"methods": {"CFG": [Nothing(), basinlab.ConstantGuidance(3.0)]}},
+        {"judges": Plain(a=2)},
+        {"steps": 5},
+        {"measure": True},
+        {"prompts": pd.DataFrame({"prompt": ["memorized"], "object": ["c"]})},
+    ]
+    for changed in others:
+        before = len([*tmp_path.iterdir()])
+        grid(tmp_path, **changed)
+        assert len([*tmp_path.iterdir()]) > before, changed
+    moved = pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"], "attractor": ["/x", "/y"]})
+    before = len([*tmp_path.iterdir()])
+    grid(tmp_path, prompts=moved)  # where pictures lie is no setting
+    assert len([*tmp_path.iterdir()]) == before
 
 
 SCRIPT = """
 import sys
-from basinlab.bundled import comparison
-tasks = [t for t in comparison.plan("tiny", only=["CFG", "GNI"]) if t.scenario == "emoji-duplicated"]
-comparison.compare(tasks, sys.argv[1], progress=False)
+from basinlab import comparison, scenarios
+scenario = scenarios.read(comparison.MAIN)
+comparison.PROFILES["tiny"] |= {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
+table = comparison.compare(scenario, "tiny", sys.argv[1])
+table.to_parquet(sys.argv[2])
 """
 
 
-def tasks():
-    return [t for t in comparison.plan("tiny", only=["CFG", "GNI"]) if t.scenario == "emoji-duplicated"]
+def test_a_comparison_that_was_killed_goes_on_to_the_same_table(tmp_path):
+    folder = tmp_path / "parts"
 
+    def started(out):
+        parts = tmp_path / "others" if out == "whole" else folder
+        command, environment = [sys.executable, "-c", SCRIPT, parts, tmp_path / out], {**os.environ, "PYTHONPATH": ROOT}
+        return subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, env=environment)
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    return comparison.compare(tasks(), tmp_path_factory.mktemp("whole"), progress=False)
-
-
-def test_a_comparison_that_was_killed_goes_on_to_the_same_table(tmp_path, table):
-    folder = tmp_path / "killed"
-    run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.DEVNULL)
-    while not list(folder.rglob("*.parquet")) and run.poll() is None:
+    run = started("killed")
+    while not list(folder.glob("*.parquet")) and run.poll() is None:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL  # it was not over yet
-    kept = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
-    resumed = comparison.compare(tasks(), folder, progress=False)
-    assert kept and all(path.read_bytes() == data for path, data in kept.items())
-    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), table.drop(columns="seconds"))
+    kept = {path: path.read_bytes() for path in folder.glob("*.parquet")}
+    assert kept and started("resumed").wait() == 0 and started("whole").wait() == 0
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    resumed, whole = (pd.read_parquet(tmp_path / name) for name in ("resumed", "whole"))
+    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
+    assert whole.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "settings": 13 * 3, "pairs": 2 * 3}
+    assert set(whole.query("of == 'pairs'")["rule"]) == {"DTP", "OG + DTP"} and set(whole["group"]) == {*MAIN.prompts}
+    assert whole.query("of == 'settings' and method == 'GNI'")["setting"].unique().tolist() == [0, 1, 2, 3]
+    assert (whole.query("method == 'CFG'")["calls"] == 4).all()
 
 
-def test_rows_say_what_became_of_each_sample(table, bundled):
-    assert len(table) == 2 * 3 * 3 * 2  # strategies, groups, prompts, seeds
-    ordinary = table["group"] == "ordinary"
-    assert table["distance"].isna().equals(ordinary)
-    assert table["layout"].notna().equals(table["group"] == "template")
-    assert (table.loc[~ordinary, "nearest"] <= table.loc[~ordinary, "distance"] + 1e-6)[
-        table["group"] == "memorized"
-    ].all()
-    assert (table["calls"] == 20).all() and (table["gradient_passes"] == 0).all()
-    # one row again, by hand
-    row = table.query("strategy == 'CFG' and group == 'memorized'").iloc[1]
-    options = {"steps": 10, "record": False, "progress": False}
-    scale = basinlab.models.read_scenario(bundled.name)["guidance_scale"]
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), **options)
-    wanted = basinlab.scenarios.read(bundled.name).table().query("prompt == @row.prompt")["attractor"]
-    distance = metrics.CopyDistance()(run.images(), basinlab.read_pictures(wanted))
-    assert row["distance"] == pytest.approx(float(distance), abs=1e-4)
-    score = metrics.Alignment().score(run.images(), [row["prompt"]])
-    assert row["clip_score"] == pytest.approx(float(score), abs=1e-4)
+# What is read off the table
 
 
-def synthetic(copied: dict[str, float], right: dict[str, float], prompts: int = 20, seeds: int = 5) -> pd.DataFrame:
-    """A table in which each strategy copies, and draws the object right, at a given rate."""
+def synthetic(copied: dict[str, float], right: float = 0.8, prompts: int = 20, seeds: int = 5) -> pd.DataFrame:
+    """A table in which each method copies at a given rate."""
     rng, rows = np.random.default_rng(0), []
-    for scenario in ("emoji-duplicated", "emoji-finetuned"):
-        for group in ("memorized", "ordinary"):
-            for name in copied:
-                for i in range(prompts):
-                    for seed in range(seeds):
-                        hit = rng.random() < copied[name]
-                        rows.append(
-                            (
-                                scenario,
-                                group,
-                                name,
-                                f"p{i}",
-                                seed,
-                                hit,
-                                rng.random() < right[name],
-                                0.1 + 0.5 * (not hit),
-                            )
-                        )
-    columns = ["scenario", "group", "strategy", "prompt", "seed", "copied", "object_right", "distance"]
-    table = pd.DataFrame(rows, columns=columns)
-    features = torch.nn.functional.normalize(
-        torch.randn(len(table), 128, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    extra = {"nearest": table["distance"], "clip": list(features.numpy()), "clip_score": 0.3, "diversity": 0.5}
-    calls = {name: 100 if name == "CFG" else 80 for name in copied}
-    return table.assign(**extra, saturated=0.1, calls=table["strategy"].map(calls), gradient_passes=0, seconds=1.0)
+    for group in ("memorized", "ordinary"):
+        for name, rate in copied.items():
+            for i in range(prompts):
+                for seed in range(seeds):
+                    rows.append((group, name, f"p{i}", seed, rng.random() < rate, rng.random() < right))
+    table = pd.DataFrame(rows, columns=["group", "method", "prompt", "seed", "copied", "object_right"])
+    table["distance"] = table["nearest"] = 0.1 + 0.5 * ~table["copied"]
+    clip = torch.nn.functional.normalize(torch.randn(len(table), 16, generator=torch.manual_seed(0)), dim=1)
+    calls = np.where(table["method"] == "CFG", 100, 80)
+    further = {"clip": list(clip.numpy()), "clip_score": 0.3, "diversity": 0.5, "saturated": 0.1, "scenario": "world"}
+    return table.assign(new_and_right=table["object_right"] & ~table["copied"], calls=calls, **further)
 
 
 NAMES = ("CFG", "STP", "DTP", "OG + STP", "OG + DTP")
@@ -156,13 +185,12 @@ NAMES = ("CFG", "STP", "DTP", "OG + STP", "OG + DTP")
 
 @pytest.fixture(scope="module")
 def rows():
-    copied = dict(zip(NAMES, (1.0, 0.0, 0.02, 0.5, 0.6), strict=True))
-    return tables.summary(synthetic(copied, dict.fromkeys(NAMES, 0.8)))
+    real = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.manual_seed(1)), dim=1)
+    return comparison.summary(synthetic(dict(zip(NAMES, (1.0, 0.0, 0.02, 0.5, 0.6), strict=True))), real=real)
 
 
-def value(rows, strategy, measure, scenario="emoji-duplicated", group="memorized"):
-    same = (rows[["scenario", "group", "strategy", "measure"]] == [scenario, group, strategy, measure]).all(axis=1)
-    return rows[same].iloc[0]
+def value(rows, method, measure, group="memorized"):
+    return rows.query("method == @method and measure == @measure and group == @group").iloc[0]
 
 
 def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
@@ -171,15 +199,16 @@ def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
     assert half["high"] - half["low"] == pytest.approx(2 * 1.96 * 0.05, rel=0.3)
     assert value(rows, "STP", "calls")["value"] == 0.8 and value(rows, "CFG", "calls")["value"] == 1
     assert value(rows, "STP", "similarity")["value"] == pytest.approx(0.4)
-    assert value(rows, "CFG", "similarity")["value"] == pytest.approx(0.9)
+    assert value(rows, "OG + STP", "similarity_95")["value"] == pytest.approx(0.9)
+    cmmd = value(rows, "STP", "cmmd")
+    assert cmmd["low"] < cmmd["value"] < cmmd["high"]
 
 
 def test_an_outcome_without_exception_still_has_an_interval(rows):
-    none, all_ = value(rows, "STP", "copied"), value(rows, "CFG", "copied")
-    assert (none["value"], none["low"]) == (0, pytest.approx(0, abs=1e-9)) and none["high"] == pytest.approx(
-        0.037, abs=1e-3
-    )
-    assert all_["value"] == 1 and all_["low"] == pytest.approx(0.963, abs=1e-3)
+    none, every = value(rows, "STP", "copied"), value(rows, "CFG", "copied")
+    assert (none["value"], none["low"]) == (0, pytest.approx(0, abs=1e-9))
+    assert none["high"] == pytest.approx(0.037, abs=1e-3)
+    assert every["value"] == 1 and every["low"] == pytest.approx(0.963, abs=1e-3)
 
 
 def test_best_and_what_cannot_be_told_from_it_are_marked(rows):
@@ -188,68 +217,61 @@ def test_best_and_what_cannot_be_told_from_it_are_marked(rows):
     assert sorted(value(rows, name, "object_right")["best"] for name in NAMES).count("best") == 1
 
 
-def test_claims_are_held_against_the_numbers(rows):
-    shown = tables.claims(rows).set_index("claim")["shown"]
-    assert shown.filter(like="memorization is gone").tolist() == ["NO (2 of 4)"]
-    assert shown.filter(like="it is less").tolist() == ["yes"]
-    assert shown.filter(like="no extra predictions").tolist() == ["yes"]
-    worse = tables.summary(synthetic(dict.fromkeys(NAMES, 0.5), {**dict.fromkeys(NAMES, 0.2), "CFG": 0.9}))
-    shown = tables.claims(worse).set_index("claim")["shown"]
-    assert shown.filter(like="alignment is kept").tolist() == ["NO (0 of 4)"]
-    assert shown.filter(like="it holds in every scenario").tolist() == ["NO (0 of 8)"]
+def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
+    table = synthetic({"RNA": 1.0}).assign(diversity=np.nan).drop(columns=["object_right", "new_and_right"])
+    table["copied"] = table["copied"].astype("boolean").mask(table["seed"] == 0)
+    rows = comparison.summary(table, by=("method",))
+    assert not {"diversity", "cmmd", "object_right", "seconds"} & set(rows["measure"]) and rows["value"].notna().all()
+    row = rows.query("measure == 'copied'").iloc[0]
+    assert row["n"] == 160 and 0.95 < row["low"] < 1  # Wilson's: a bootstrap has no width
+
+
+def test_settings_and_pairs_are_groups_like_others():
+    table = synthetic({"CFG": 0.9, "GNI": 0.5}).query("group == 'memorized'")
+    table = pd.concat([table.assign(rule="CFG"), table.query("method == 'GNI'").assign(rule="DTP", new_and_right=True)])
+    found = comparison.summary(table, by=("method", "rule")).query("measure == 'new_and_right'")
+    found = found.set_index(["method", "rule"])
+    assert found.loc[("GNI", "DTP"), "low"] > found.loc[("GNI", "CFG"), "high"] and len(found) == 3
 
 
 def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):
-    sheet, page, paper = tables.export(rows, tmp_path / "sd1.4")
-    assert len(pd.read_csv(sheet)) == len(rows)
-    line = next(line for line in page.read_text().splitlines() if line.startswith("| STP"))
+    comparison.export(rows, tmp_path / "sd1.4")
+    assert len(pd.read_csv(tmp_path / "sd1.4.csv")) == len(rows)
+    page, paper = ((tmp_path / f"sd1.4.{end}").read_text() for end in ("md", "tex"))
+    line = next(line for line in page.splitlines() if line.startswith("| STP"))
     assert "0.00 [0.00, 0.04]**" in line
-    assert page.read_text().count("## ") == 4 and paper.read_text().count("\\begin{table}") == 4
+    assert page.count("## ") == 2 and paper.count("\\begin{table}") == 2
 
 
-def test_pairs_tell_a_method_alone_from_its_combinations():
-    table = synthetic(
-        {"RNA": 0.5, "RNA + DTP": 0.1, "RNA + OG + DTP": 0.0},
-        dict.fromkeys(("RNA", "RNA + DTP", "RNA + OG + DTP"), 1.0),
-    )
-    found = tables.pairs(table.query("scenario == 'emoji-duplicated' and group == 'memorized'"))
-    assert found["prior"].tolist() == ["RNA"] * 3 and found["other"].tolist() == ["CFG", "DTP", "OG + DTP"]
-    assert found["value"].is_monotonic_increasing
+# The kept table
 
 
-def test_a_dry_run_prints_the_plan_and_samples_nothing(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "basinlab",
-        "compare",
-        "--profile",
-        "paper",
-        "--dry-run",
-        "--parts",
-        tmp_path / "parts",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert [line.split()[:3] for line in lines if line.startswith("emoji-classes")] == [
-        ["emoji-classes", "memorized", "methods"],
-        ["emoji-classes", "ordinary", "methods"],  # in the paper profile only
-    ]
-    assert "predictions" in lines[-1] and "minutes" in lines[-1]
-    assert not (tmp_path / "parts").exists()
+def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(monkeypatch):
+    table = comparison.obtain("paper", folder=None)
+    assert len(table) == 12720 and table.attrs["made_with"]
+    rows = comparison.summary(table.query("of == 'methods' and scenario == @comparison.MAIN and group == 'memorized'"))
+    copied = rows.query("measure == 'copied'").set_index("method")["value"]
+    assert copied["CFG"] == pytest.approx(0.9375) and copied["OG + DTP"] < copied["CFG"]
+    monkeypatch.setattr(comparison, "compare", lambda *given: pd.DataFrame({"made": [given[0].name]}))
+    monkeypatch.setattr(comparison, "digest", lambda given: "other")
+    assert comparison.obtain("paper", folder=None)["made"].tolist() == [*comparison.SCENARIOS]
 
 
-def test_what_was_not_measured_is_left_out_of_the_summary():
-    table = synthetic({"RNA": 0.5, "RNA + DTP": 0.1}, {"RNA": 1.0, "RNA + DTP": 1.0}).assign(diversity=np.nan)
-    rows = tables.summary(table)
-    assert not {"diversity", "lpips"} & set(rows["measure"]) and rows["value"].notna().all()
+def test_the_kept_table_has_what_sampling_gives_now(bundled):
+    row = pd.read_parquet(basinlab.data_folder() / "comparison.parquet").query("method == 'CFG'").iloc[1]
+    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
+    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, record=False, progress=False)
+    found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
+    assert found["distance"] == pytest.approx(row["distance"], abs=1e-3) and found["copied"] == row["copied"]
+    assert found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
 
 
-def test_lpips_is_measured_to_the_nearest_learned_scene_where_it_can_be(bundled):
-    rows = basinlab.scenarios.read(bundled.name).table().head(2)
-    run = basinlab.sample(bundled, rows["prompt"], 0, steps=1, record=False, progress=False)
-    assert "lpips" not in comparison.outcome(run, rows, Judges(bundled.name))
-    apart = lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))  # noqa: E731 - stands for LPIPS
-    table = comparison.outcome(run, rows, Judges(bundled.name, lpips=apart))
-    wanted = apart(run.images(), basinlab.read_pictures(rows["attractor"]))
-    assert table["lpips"].tolist() == pytest.approx(wanted.tolist())
+def test_the_command_samples_judges_and_writes_a_table(tmp_path, monkeypatch):
+    team = SimpleNamespace(num_processes=1, is_main_process=True, destroy_process_group=list)
+    monkeypatch.setattr(comparison, "processes", lambda: team)
+    monkeypatch.setattr(comparison, "compare", lambda *given: pd.DataFrame({"given": [str(given[1:])]}))
+    given = ["emoji-classes", "--profile", "tiny", "--out", f"{tmp_path}/t.parquet"]
+    monkeypatch.setattr(sys, "argv", ["comparison", *given])
+    comparison.main()
+    table = pd.read_parquet(tmp_path / "t.parquet")
+    assert len(table) == 1 and table.attrs["made_with"] and "'tiny'" in table["given"][0]

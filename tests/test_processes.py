@@ -13,14 +13,13 @@ import pytest
 GRID = """
 import sys
 import basinlab
-from basinlab import experiment
-from basinlab.bundled import comparison, evaluation
-denoiser = basinlab.load("emoji-duplicated")
-prompts, judges = basinlab.scenarios.read(denoiser.name).table().head(6), evaluation.Judges(denoiser.name)
-strategies = {"CFG": basinlab.ConstantGuidance(3.0), "STP": basinlab.StaticTransitionPoint(500, 3.0)}
-judge = lambda run, rows: comparison.outcome(run, rows, judges)
-table = experiment.run_grid(denoiser, prompts, range(8), strategies, judge, sys.argv[1], steps=20, block=1)
-team = experiment.processes()
+from basinlab import comparison, scenarios
+scenario = scenarios.read("emoji-duplicated")
+denoiser, judges = scenario.load(), scenarios.Judges(scenario)
+methods = {"CFG": [basinlab.ConstantGuidance(3.0)], "STP": [basinlab.StaticTransitionPoint(500, 3.0)]}
+prompts = scenario.table().head(6)
+table = comparison.run_grid(denoiser, prompts, range(8), methods, judges, sys.argv[1], steps=10, block=1)
+team = comparison.processes()
 if team.is_main_process:
     table.drop(columns="seconds").to_parquet(sys.argv[2])
 print(f"pid {team.num_processes}")

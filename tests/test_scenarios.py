@@ -1,12 +1,18 @@
+"""Scenario files, the field's lists of prompts, and the one table that a run becomes."""
+
 import json
 from pathlib import Path
 
+import checkpoints
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 import basinlab
-from basinlab.published import prompt_lists, scenarios
-from basinlab.published.prompt_lists import read_list
+from basinlab import basin, metrics, scenarios
 
 PAPERS = ("sd14-finetuned", "sd14-webster", "sd21-imagenette", "sd21-laion10k")
 BUNDLED = ("emoji-classes", "emoji-duplicated", "emoji-finetuned")
@@ -15,229 +21,196 @@ LEAST = {
     "source": "s",
     "model": "emoji-duplicated",
     "static_transition_point": 650,
-    "prompts": {"memorized": {"texts": {"a": "an owl"}}},
-    "references": {"from": "table"},
-    "metrics": {"copy": ["descriptor"], "alignment": "clip", "quality": ["cmmd"]},
+    "prompts": {"memorized": {"texts": {"a": "an owl", "b": "a tomato"}}},
+    "copy": "descriptor",
+    "alignment": "clip",
 }
 
 
 def written(folder, **changed):
     path = folder / "own.yaml"
     path.write_text(yaml.safe_dump({**LEAST, **changed}))
-    return path
+    return scenarios.read(path)
 
 
-def test_all_seven_are_read():
-    assert scenarios.names() == sorted([*PAPERS, *BUNDLED])
-    for name in scenarios.names():
-        found = scenarios.read(name)
-        assert found.name == name and found.steps == 50
-        assert "memorized" in found.prompts
+# Files
 
 
 def test_the_papers_have_the_constants_of_the_official_commands():
+    assert scenarios.names() == sorted([*PAPERS, *BUNDLED])
     found = {name: scenarios.read(name) for name in PAPERS}
-    assert all(scenario.scale == 7.5 for scenario in found.values())
+    assert all((s.guidance_scale, s.steps, s.copy, s.radius) == (7.5, 50, "sscd", 0.5) for s in found.values())
     laion, classes = found["sd21-laion10k"], found["sd21-imagenette"]
     assert (laion.static_transition_point, laion.opposite_until, laion.opposite_scale) == (500, 650, 2.0)
     assert (laion.resolution, classes.resolution, classes.static_transition_point) == (256, 256, 600)
-    assert found["sd14-finetuned"].unet.parts[-2:] == ("checkpoint-20000", "unet")
-    texts = classes.prompts["memorized"].texts
-    assert len(texts) == 10 and texts["n03000684"] == "An image of chain saw"
+    table = classes.table()
+    assert len(table) == 10 and table.set_index("index")["prompt"]["n03000684"] == "An image of chain saw"
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_ones_have_prompts_attractors_and_a_scale(name):
+def test_bundled_ones_have_prompts_attractors_and_a_reason_for_their_scale(name):
     scenario = scenarios.read(name)
-    table = scenario.table("memorized")
-    assert table.equals(basinlab.scenarios.read(name).table())
-    assert all(Path(path).is_file() for path in table["attractor"])
-    assert len(scenario.table("ordinary")) > 90
-    assert scenario.scale == basinlab.models.read_scenario(name)["guidance_scale"]
+    for group in set(scenario.prompts) - {"ordinary"}:
+        assert all(Path(p).is_file() for p in scenario.table(group)[["attractor", "swapped"]].to_numpy().flat)
+    ordinary = scenario.table("ordinary")
+    assert len(ordinary) > 80 and len(scenario.reason) > 40 and scenario.radius < 0.2
+    assert not set(ordinary["prompt"]) & set(scenario.table()["prompt"])
 
 
-def test_the_scenario_loads_its_denoiser(tmp_path, tiny_folder):
-    scenario = scenarios.read(written(tmp_path, model=f"./{tiny_folder.name}", resolution=32))
-    (tmp_path / tiny_folder.name).symlink_to(tiny_folder)
-    assert scenario.load().latent_shape[1:] == (8, 8)
+def test_a_scenario_loads_its_denoiser_from_its_own_folder(tmp_path, tiny_folder):
+    (tmp_path / "weights").symlink_to(tiny_folder)
+    assert written(tmp_path, model="./weights", resolution=32).load().latent_shape[1:] == (8, 8)
 
 
-def test_missing_weights_say_where_they_can_be_had():
-    with pytest.raises(ValueError, match=r"no checkpoint .*sd-21-finetuned_LAION10K.*weights from https://drive"):
+def test_what_is_missing_says_where_it_is(tmp_path):
+    with pytest.raises(ValueError, match=r"sd-21-finetuned_LAION10K.*weights of sd21-laion10k: https://drive"):
         scenarios.read("sd21-laion10k").load()
-
-
-def test_missing_lists_and_pictures_say_where_they_can_be_had(tmp_path):
     prompts = {"memorized": {"file": "x.jsonl", "format": "wen", "url": "https://example.org/x.jsonl"}}
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/x.jsonl is missing: fetch it from https://example.org/x"):
-        scenarios.read(written(tmp_path, prompts=prompts)).table()
-    references = {"from": "folder", "folder": "pictures", "url": "https://example.org/pictures"}
-    with pytest.raises(FileNotFoundError, match=r"pictures has no picture a\.\*.*from https://example.org/pictures"):
-        scenarios.read(written(tmp_path, references=references)).table()
-    with pytest.raises(ValueError, match=r"own.yaml has no prompts.ordinary: give one of \['memorized'\]"):
-        scenarios.read(written(tmp_path)).table("ordinary")
-
-
-def test_reference_folder_gives_a_row_for_each_picture(tmp_path):
-    prompts = {"memorized": {"texts": {"a": "an owl", "b": "a fox"}}}
-    for name in ("pictures/a/2.png", "pictures/a/1.png", "pictures/a/notes.txt", "pictures/b.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    table = scenarios.read(
-        written(tmp_path, prompts=prompts, references={"from": "folder", "folder": "pictures"})
-    ).table()
-    assert table["prompt"].tolist() == ["an owl", "an owl", "a fox"]
-    assert [Path(path).name for path in table["attractor"]] == ["1.png", "2.png", "b.jpg"]
-
-
-def test_unknown_name_lists_the_known_ones(tmp_path):
+        written(tmp_path, prompts=prompts).table()
     with pytest.raises(ValueError, match=r"no scenario 'sd15'.*'sd14-webster'"):
         scenarios.read("sd15")
-    with pytest.raises(ValueError, match=r"no scenario .*none.yaml'"):
-        scenarios.read(tmp_path / "none.yaml")
+    with pytest.raises(TypeError, match="stpes"):
+        written(tmp_path, stpes=50)
 
 
-@pytest.mark.parametrize(
-    "changed, words",
-    [
-        ({"stpes": 50}, r"own.yaml: unknown key 'stpes': the keys are \['guidance_scale', 'metrics', .*'steps'"),
-        ({"steps": 0}, "own.yaml: steps is 0: give a whole number from 1 to 1000"),
-        ({"steps": True}, "own.yaml: steps is True: give a whole number"),
-        ({"static_transition_point": 1000}, "static_transition_point is 1000: give a timestep, .* 1 to 999"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan: give a number from 0.1"),
-        ({"guidance_scale": float("inf")}, "guidance_scale is inf: give a number from 0.1"),
-        ({"guidance_scale": "7.5"}, "guidance_scale is '7.5': give a number"),
-        (
-            {"metrics": {**LEAST["metrics"], "copy": ["scd"]}},
-            r"metrics.copy.0 is 'scd': give one of \['descriptor', 'sscd'",
-        ),
-        (
-            {"metrics": {"copy": ["sscd"], "quality": ["fid"]}},
-            "metrics.alignment is missing: give clip, the bundled one",
-        ),
-        ({"references": {"from": "web"}}, r"references.from is 'web': give one of \['table', 'url', 'folder'\]"),
-        ({"references": {"from": "folder"}}, "references.folder goes with references.from folder"),
-        ({"prompts": {}}, "prompts.memorized is missing: give file, format and url of a list, or texts"),
-        ({"prompts": {"memorized": {"file": "x"}}}, r"prompts.memorized has \['file'\]: give file, format and url, or"),
-        (
-            {"prompts": {"memorized": {"file": "x", "format": "wen"}}},
-            "prompts.memorized.url is missing: give an address",
-        ),
-        (
-            {"prompts": {"memorized": {"texts": {"../x": "y"}}}},
-            "prompts.memorized.texts is .*: give a name without slashes",
-        ),
-        ({"weights_url": "file:///etc/passwd"}, "weights_url is 'file:.*': give an address with http"),
-        (
-            {"prompts": {"memorized": {"file": "x", "format": "xml"}}},
-            r"memorized.format is 'xml': give one of \['basinlab'",
-        ),
-    ],
-)
-def test_errors_name_file_key_and_what_is_allowed(tmp_path, changed, words):
-    with pytest.raises(ValueError, match=words):
-        scenarios.read(written(tmp_path, **changed))
+def test_references_are_found_by_the_index_or_the_row_of_a_prompt(tmp_path):
+    names = ("a/2.png", "a/1.png", "a/notes.txt", "b/3.JPG", "00000/000000001.jpg", "00000/000000001.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    table = written(tmp_path, references="{index}/*").table()
+    assert table["prompt"].tolist() == ["an owl", "an owl", "a tomato"]
+    assert [Path(path).name for path in table["attractor"]] == ["1.png", "2.png", "3.JPG"]
+    table = written(tmp_path, references="00000/00000{row:04d}.*").table()
+    assert table["attractor"].isna().tolist() == [True, False] and table["attractor"][1].endswith("1.jpg")
 
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "the file is None: give a mapping of"),
-        (b"- a\n- b", "the file is .*: give a mapping of"),
-        (b"title: \xff", "byte 7: no UTF-8"),
-        (b"a: &x [1]\nb: *x", "no YAML of a scenario: line 2: aliases"),
-        (b"a: !!python/name:os.system x", "aliases, tags, deep nesting"),
-        (b"[" * 50_000, "aliases, tags, deep nesting"),
-        (b"steps: 0x" + b"f" * 50_000, "2000 letters at once"),
-        (b"#" * 200_000, "more than 100 kB"),
-        (b"title: a\ntitle: b", "key 'title' is given twice"),
-        (b"title: 2001-99-99", "no YAML of a scenario: month must be in"),
-        (b"title: [", "no YAML of a scenario"),
-    ],
-)
-def test_files_that_are_no_scenario_are_named(tmp_path, content, words):
-    path = tmp_path / "own.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"own.yaml.*{words}"):
-        scenarios.read(path)
-
-
-def test_all_that_is_wrong_is_said_once(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({key: LEAST[key] for key in LEAST if key not in ("title", "model")} | {"steps": -1}))
-    with pytest.raises(ValueError) as error:
-        scenarios.read(path)
-    found = [line.removeprefix(f"{path}: ").split(" is ")[0] for line in str(error.value).splitlines()]
-    assert found == ["title", "model", "steps"]
-
-
-def test_whole_numbers_written_with_a_point_are_whole(tmp_path):
-    assert type(scenarios.read(written(tmp_path, steps=25.0)).steps) is int
-
-
-# Lists of prompts
 
 CAPTION = '"Watch: The ""New"" Video; part\u2028two"'
-URL = "https://example.org/a@2x.jpg"
-
-
-def test_the_shared_formats_agree(tmp_path):
-    quoted = CAPTION.replace('"', '""')
-    texts = {
-        "wen": json.dumps({"caption": CAPTION, "index": 7, "url": URL}) + "\n",
-        "han": f';Caption;URL;type;mean_sscd;max_sscd;Index\n0;"{quoted}";{URL};TM;0.1;0.2;7\n',
-        "memattn": f"{CAPTION}\r\n",
-    }
-    for format, text in texts.items():
-        path = tmp_path / format
-        path.write_text(text, encoding="utf-8", newline="")
-        row = read_list(path, format).loc[0]
-        assert row["prompt"] == CAPTION
-        if format != "memattn":
-            assert (row["url"], row["index"]) == (URL, "7")
-    assert row.keys().tolist() == ["prompt"]
-    assert read_list(tmp_path / "han", "han").loc[0, "kind"] == "template"
-
-
-def test_texts_beside_pictures_and_captions_by_picture(tmp_path):
-    for name in "ba":
-        (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
-    assert read_list(tmp_path, "pairs").to_dict("list") == {"prompt": ["caption a", "caption b"], "index": ["a", "b"]}
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"/data/x/012.png": ["first", "second"]}))
-    assert read_list(path, "dcr").to_dict("list") == {"prompt": ["first"], "index": ["012"]}
 
 
 @pytest.mark.parametrize(
-    "format, text, words",
+    "format, text",
     [
-        ("wen", '{"caption": "a"}\nb', "line 2: no JSON"),
-        ("wen", "[" * 100_000, "line 1: no JSON"),
-        ("wen", '{"prompt": "a"}', "line 1: no object with the key caption"),
-        ("wen", '{"caption": "a"}\n{"caption": 3}', "line 2: the prompt is 3: give a text"),
-        ("wen", '{"caption": "\\ud800"}', "line 1: the prompt is .*: give a text"),
-        ("wen", '{"caption": "a", "index": "../b"}', "line 1: the index '../b' is no file name"),
-        ("wen", '{"caption": "a", "url": "u"}\n{"caption": "b"}', "only some of its prompts have url"),
-        ("han", "Caption;URL\na;b", "line 1: no column type, Index"),
-        ("han", "Caption;URL;type;Index\na;b;VM;1\nc;d", "line 3: not 4 fields"),
-        ("han", "Caption;URL;type;Index\na;b;XX;1", r"line 2: type is 'XX': not one of \['VM', 'TM'\]"),
-        ("han", 'Caption;URL;type;Index\n"a;b;VM;1', "no CSV with semicolons"),
-        ("memattn", "a\n\nb", "line 2: the prompt is ''"),
-        ("memattn", "", "holds no prompts"),
-        ("dcr", "[1]", "no object of pictures"),
-        ("dcr", '{"a.png": []}', "entry 1: no list of captions for 'a.png'"),
-        ("basinlab", "object\nowl", "line 2: the prompt is None"),
-        ("basinlab", "", "No columns"),
-        ("xml", "", "no prompt format 'xml': give one of"),
+        ("wen", json.dumps({"caption": CAPTION, "index": 7, "url": "https://example.org/a.jpg"}) + "\n"),
+        ("lines", f"{CAPTION}\n"),
+        ("dcr", json.dumps({"/data/x/007.png": [CAPTION, "second"]})),
+        ("csv", "prompt,object\n{}\n".format('"' + CAPTION.replace('"', '""') + '",owl')),
     ],
 )
-def test_errors_of_lists_name_file_and_line(tmp_path, format, text, words):
-    path = tmp_path / "list.csv"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=words) as error:
-        read_list(path, format)
-    assert format == "xml" or str(path) in str(error.value)
+def test_every_format_gives_a_prompt_as_it_is_written(tmp_path, format, text):
+    path = tmp_path / "list"
+    path.write_text(text, encoding="utf-8", newline="")
+    table = scenarios.read_list(path, format)
+    assert table["prompt"].tolist() == [CAPTION]
+    assert format not in ("wen", "dcr") or int(table["index"][0]) == 7
 
 
-def test_every_format_of_the_schema_has_a_reader():
-    assert prompt_lists.FORMATS == ("basinlab", "wen", "han", "memattn", "pairs", "dcr")
+def test_texts_beside_pictures(tmp_path):
+    for name in "ba":
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
+    found = scenarios.read_list(tmp_path, "pairs").to_dict("list")
+    assert found == {"prompt": ["caption a", "caption b"], "index": ["a", "b"]}
+
+
+# Judges
+
+
+@pytest.fixture(scope="module")
+def main():
+    return scenarios.read("emoji-duplicated")
+
+
+@pytest.fixture(scope="module")
+def judges(main):
+    return scenarios.Judges(main)
+
+
+def test_a_row_says_what_became_of_a_sample(bundled, main, judges):
+    rows = main.table().head(2)
+    run = basinlab.sample(bundled, rows["prompt"].tolist(), [0, 1], steps=4, record=False, progress=False)
+    table = judges(run, main.table())
+    assert table["prompt"].tolist() == run.prompts and table["seed"].tolist() == run.seeds
+    attractors = basinlab.read_pictures(rows["attractor"]).repeat_interleave(2, 0)
+    np.testing.assert_allclose(table["distance"], judges.distance(run.images(), attractors), atol=1e-5)
+    everything = judges.distance.pairs(run.images(), basinlab.read_pictures(main.table()["attractor"]))
+    np.testing.assert_allclose(table["nearest"], everything.amin(dim=1), atol=1e-5)
+    assert (table["copied"] == (table["distance"] <= main.radius)).all() and table["copied"].dtype == bool
+    score = metrics.Alignment().score(run.images(), run.prompts)
+    np.testing.assert_allclose(table["clip_score"], score, atol=1e-5)
+    assert (table["new_and_right"] == table["object_right"] & ~table["copied"]).all()
+    assert (table["calls"] == 8).all() and table["share"].tolist() == rows["share"].repeat(2).tolist()
+    assert not judges.notices and not {"attractor", "swapped", "start"} & {*table.columns}
+
+
+def test_templates_are_copied_by_their_layout_and_are_no_nearest_picture(bundled, main, judges):
+    rows = main.table("template").head(4)
+    run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=4, record=False, progress=False)
+    run._images = basinlab.read_pictures(rows["swapped"])  # the same layout, another object
+    table = judges(run, rows)
+    assert table["copied"].all() and (table["layout"] > main.layout_floor).all()
+    run._images = basinlab.read_pictures(rows["attractor"])
+    table = judges(run, rows)
+    assert (table["distance"] < 1e-5).all() and (table["nearest"] > main.radius).all()  # to the group memorized alone
+
+
+def test_ordinary_prompts_are_copies_of_any_picture(bundled, main, judges):
+    rows = main.table("ordinary").head(2)
+    run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=1, record=False, progress=False)
+    run._images = torch.stack([basinlab.read_pictures(main.table()["attractor"][3:4])[0], torch.ones(3, 64, 64)])
+    table = judges(run, rows)
+    assert table["distance"].isna().all() and table["copied"].tolist() == [True, False]
+
+
+def test_a_sweep_is_judged_as_separate_runs_are(bundled, main, judges):
+    prompts, options = main.table()["prompt"][:2].tolist(), {"steps": 4, "progress": False}
+    sweep = basinlab.sweep(bundled, prompts, [0, 1], [999, 0], after=basinlab.ConstantGuidance(3.0), **options)
+    table = judges(sweep, main.table())
+    assert table["start"].tolist() == [999, 0] * 4
+    for start in (999, 0):
+        run = basinlab.sample(bundled, prompts, [0, 1], basinlab.StaticTransitionPoint(start, 3.0), **options)
+        alone = judges(run, main.table()).drop(columns=["calls", "clip"])
+        same = table.query("start == @start").reset_index(drop=True)[[*alone]]
+        pd.testing.assert_frame_equal(same, alone, check_exact=False, atol=1e-3, check_dtype=False)
+
+
+@pytest.fixture(scope="module")
+def sd_run(tmp_path_factory):
+    """Of a checkpoint of which little is known."""
+    denoiser = basinlab.load(checkpoints.save("sd1", tmp_path_factory.mktemp("sd1")))
+    return basinlab.sample(denoiser, ["an owl", "a tomato"], [0, 1, 2], steps=4, progress=False)
+
+
+def test_a_prompt_without_a_reference_is_unknown_until_its_attractor_is_estimated(sd_run, tmp_path):
+    picture = (sd_run.images()[1] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    scenario = written(tmp_path, references="{index}.png", radius=0.002)
+    judges = scenarios.Judges(scenario)
+    before, settings = judges(sd_run, scenario.table()), judges.settings()
+    assert before["distance"].iloc[:3].argmin() == 1 and before["copied"].iloc[1]
+    assert before["distance"].iloc[3:].isna().all() and before["copied"].iloc[3:].isna().all()
+    assert not {"object_right", "new_and_right", "layout"} & {*before.columns}
+    judges.estimate(sd_run)
+    after = judges(sd_run, scenario.table())
+    assert after["distance"].iloc[:3].equals(before["distance"].iloc[:3])
+    assert after["distance"].iloc[3:].min() == pytest.approx(0, abs=1e-5)  # the medoid itself
+    assert judges.settings() != settings and str(tmp_path) not in str(settings)
+
+
+def test_without_references_a_sweep_is_not_said_to_be_free_of_copies(sd_run, tmp_path):
+    scenario, cfg = written(tmp_path), basinlab.ConstantGuidance(3.0)
+    sweep = basinlab.sweep(sd_run.denoiser, ["an owl"], [0, 1], [999, 0], after=cfg, steps=2, progress=False)
+    table = scenarios.Judges(scenario)(sweep, scenario.table())
+    assert table["copied"].isna().all()
+    assert basin.capture_probability(table, "start", "copied").empty and basin.transition_points(table, "copied").empty
+
+
+def test_missing_judges_are_named_and_not_measured(sd_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    scenario = scenarios.read("sd14-webster")
+    judges = scenarios.Judges(scenario)
+    assert judges.distance is None and judges.alignment is None
+    assert "CopyDistance sscd" in judges.notices[0] and "curl -L" in judges.notices[0]
+    assert "hf download openai/clip-vit-large-patch14" in judges.notices[1]
+    table = judges(sd_run, pd.DataFrame({"prompt": ["an owl", "a tomato"]}))
+    assert table[["distance", "nearest", "diversity", "copied"]].isna().all(None) and "clip" not in table

@@ -1,7 +1,6 @@
 """The bundled world: the shipped weights are what they are said to be, for any diffusers script."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,37 +9,32 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import basinlab
-from basinlab import basin, metrics
-from basinlab.bundled import evaluation, scorecard
+from basinlab import metrics, scenarios
+from basinlab.statistics import wilson_interval
+from recipe import evaluate, scorecard
 
-NAME = "emoji-duplicated"
+MAIN = scenarios.read("emoji-duplicated")
 DATA = basinlab.data_folder()
 
 
 @pytest.fixture(scope="module")
 def kept(bundled):
-    return evaluation.read_evaluation(bundled)
+    return evaluate.read_evaluation(bundled)
 
 
-@pytest.fixture(scope="module")
-def ball(kept):
-    return scorecard.ball_of(kept, NAME, metrics.CopyDistance())
-
-
-def test_plain_diffusers_pipeline_shows_the_memorization(ball):
-    scenario = basinlab.read_scenario(NAME)
-    pipeline = StableDiffusionPipeline.from_pretrained(DATA / NAME, torch_dtype=torch.float32)
+def test_plain_diffusers_pipeline_shows_the_memorization():
+    pipeline = StableDiffusionPipeline.from_pretrained(DATA / MAIN.model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    rows = basinlab.scenarios.read(NAME).table().query("kind == 'verbatim' and share == 0.95").head(4)
+    rows = MAIN.table().query("share == 0.95").head(4)
     pictures = pipeline(
         rows["prompt"].tolist(),
         num_inference_steps=50,
-        guidance_scale=scenario["guidance_scale"],
+        guidance_scale=MAIN.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
         output_type="pt",
     ).images
     distances = metrics.CopyDistance()(pictures, basinlab.read_pictures(rows["attractor"]))
-    assert (distances <= ball.radius).all(), distances
+    assert (distances <= MAIN.radius).all(), distances
 
 
 def test_all_weights_are_half_precision_safetensors_below_40_megabytes():
@@ -53,49 +47,59 @@ def test_all_weights_are_half_precision_safetensors_below_40_megabytes():
         assert torch.float32 not in kinds, path
 
 
-def test_evaluation_belongs_to_these_weights_and_covers_the_plan(kept):
-    counts = kept.groupby(["group", "guidance"]).size()
-    assert counts["memorized"].to_dict() == {"cfg": 384, "late": 384, "none": 384}
-    assert counts["ordinary"].to_dict() == {"cfg": 384, "none": 384}
-    assert (counts["sweep"] == 192).all() and len(counts["sweep"]) == len(evaluation.STARTS)
-
-
-def test_evaluation_of_other_weights_is_refused(bundled, monkeypatch):
+def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundled, monkeypatch):
+    for group, prompts, seeds, guidances in evaluate.plan(MAIN):
+        counts = kept[kept["group"] == group].groupby("guidance").size()
+        assert counts.to_dict() == dict.fromkeys(guidances, len(prompts) * len(seeds))
     monkeypatch.setattr(type(bundled), "fingerprint", lambda self: "0" * 16)
-    with pytest.raises(ValueError, match="another weights"):
-        evaluation.read_evaluation(bundled)
+    with pytest.raises(ValueError, match=r"is of the weights .*make evaluate"):
+        evaluate.read_evaluation(bundled)
+
+
+def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, monkeypatch):
+    short = [(group, prompts.head(1), [0], guidances) for group, prompts, _, guidances in evaluate.plan(MAIN)]
+    monkeypatch.setattr(evaluate, "plan", lambda scenario: short)
+    table = evaluate.evaluate(MAIN, tmp_path, steps=2)
+    assert {*kept.columns} <= {*table.columns} and table.attrs.keys() == kept.attrs.keys()
+    assert table["start"].dropna().unique().tolist() == [*evaluate.STARTS]
+    measured = pd.DataFrame(table["magnitude"].tolist()).notna().all(axis=1)
+    assert measured[table["guidance"] == "none"].all()
+
+
+def test_radius_and_layout_floor_are_those_of_the_evaluation(kept):
+    assert scorecard.ball_of(kept, MAIN).radius == MAIN.radius
+    assert scorecard.layout_floor(MAIN) == MAIN.layout_floor
+
+
+def test_the_scorecard_is_the_committed_one(kept, bundled):
+    card = scorecard.scorecard(kept, bundled, scenarios.Judges(MAIN)).set_index("claim")
+    committed = pd.read_csv(DATA.parent / "figures/01_scorecard.csv").set_index("claim")
+    assert card.index.equals(committed.index) and card["holds"].equals(committed["holds"])
+    pd.testing.assert_series_equal(card["value"], committed["value"], rtol=0.02)
 
 
 def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
-    scale = basinlab.read_scenario(NAME)["guidance_scale"]
     row = kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), basinlab.ConstantGuidance(scale), progress=False)
-    rows = basinlab.scenarios.read(NAME).table()
+    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
+    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, progress=False)
+    rows = MAIN.table()
     attractor = basinlab.read_pictures(rows[rows["prompt"] == row["prompt"]]["attractor"])
     assert float(metrics.CopyDistance()(run.images(), attractor)) == pytest.approx(row["distance"], abs=1e-3)
 
 
-def test_scenario_gives_the_reason_for_its_scale():
-    scenario = basinlab.read_scenario(NAME)
-    assert 0 <= scenario["late_start"] < 1000 and scenario["guidance_scale"] > 1
-    assert len(scenario["reason"]) > 40
-
-
 def test_what_made_the_weights_is_recorded():
-    made = json.loads((DATA / NAME / "training.json").read_text())
+    made = json.loads((DATA / MAIN.model / "training.json").read_text())
     assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
     for stage in ("vae", "unet"):
-        losses = pd.read_csv(DATA / NAME / f"{stage}-losses.csv")
+        losses = pd.read_csv(DATA / MAIN.model / f"{stage}-losses.csv")
         assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
         assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
-def test_guidance_from_the_start_copies_and_late_guidance_copies_less(kept, ball):
-    inside = kept.assign(inside=kept["distance"] <= ball.radius)
-    shares = inside.query("group == 'memorized'").groupby("guidance")["inside"]
-    counts = shares.sum(), shares.size()
-    low, high = basin.wilson_interval(*counts)
-    bounds = pd.DataFrame({"low": low, "high": high}, index=counts[0].index)
+def test_guidance_from_the_start_copies_and_late_guidance_copies_less(kept):
+    shares = kept.query("group == 'memorized'").groupby("guidance")["copied"]
+    low, high = wilson_interval(shares.sum(), shares.size())
+    bounds = pd.DataFrame({"low": low, "high": high}, index=shares.size().index)
     assert bounds.loc["cfg", "low"] >= 0.85
     assert bounds.loc["late", "high"] < bounds.loc["cfg", "low"]
     assert bounds.loc["none", "high"] < bounds.loc["late", "low"]
@@ -109,21 +113,9 @@ def test_half_crossings_of_a_known_curve():
     assert len(scorecard.half_crossings(twice)) == 3
 
 
-def test_layout_floor_is_between_other_families_and_the_own_one():
-    floor = scorecard.layout_floor(NAME)
-    assert 0 < floor < 0.99
-    rows = basinlab.scenarios.read(NAME).table().query("kind == 'template'").iloc[:8]
-    boxes = [metrics.Box(*r) for r in rows[["left", "top", "size"]].itertuples(index=False)]
-    pictures = basinlab.read_pictures(rows["attractor"])
-    assert (metrics.layout_similarity(pictures, pictures.roll(1, 0), boxes) > floor).all()
-
-
-def test_bundled_clip_names_95_of_100_real_objects():
-    pictures, names = scorecard.real_scenes()
-    judges = evaluation.Judges(NAME)
-    assert metrics.object_right(judges.alignment, pictures, names, judges.names).float().mean() >= 0.95
-
-
-def test_every_memorized_prompt_has_its_pictures():
-    rows = basinlab.scenarios.read(NAME).table()
-    assert all(Path(p).exists() for p in [*rows["attractor"], *rows["swapped"]])
+def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
+    colour = torch.tensor([0.2, 0.6, 0.9])
+    pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
+    pictures[..., 2:-2, 2:-2] = 0
+    pictures[..., :2, :40] = 1
+    torch.testing.assert_close(scorecard.background_colour(pictures), colour[None])

@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from basinlab import metrics
-from basinlab.basin import calibrate_radius
 from basinlab.comparison import MAIN, processes, run_grid
 from basinlab.guidance import ConstantGuidance, StaticTransitionPoint
 from basinlab.models import Denoiser, data_folder
 from basinlab.sampling import Trajectory, initial_noise
 from basinlab.scenarios import Judges, Scenario, read
+
+from .scorecard import background_colour, layout_floor
 
 STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
 
@@ -34,7 +34,7 @@ class Measuring(Judges):
         pictures, table = run.images(), super().__call__(run, prompts).drop(columns="clip")
         table["to_duplicates"] = (1 - self.distance.features(pictures) @ self.learned.T).tolist()
         table["seen"] = [self.objects[i] for i in self.alignment.classify(pictures, self.objects).tolist()]
-        table["background_rgb"] = metrics.background_colour(pictures).tolist()
+        table["background_rgb"] = background_colour(pictures).tolist()
         table["noise_mean"] = initial_noise(run.denoiser, run.seeds).mean(dim=(2, 3)).tolist()
         table["magnitude"] = run.guidance_magnitude.tolist()
         return table
@@ -96,8 +96,6 @@ def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    from .scorecard import layout_floor, negatives_of
-
     parser = argparse.ArgumentParser(prog="python -m recipe.evaluate", description=__doc__)
     parser.add_argument("name", nargs="?", default=MAIN)
     parser.add_argument("--device", help="default: cpu; of several processes each its own GPU")

@@ -32,6 +32,13 @@ def negatives_of(table: pd.DataFrame, scenario: Scenario, distance: metrics.Copy
     }
 
 
+def background_colour(pictures: torch.Tensor, border: int = 2) -> torch.Tensor:
+    """Median colour of the outermost ``border`` pixels, [B, 3]."""
+    edge = torch.ones(pictures.shape[-2:], dtype=torch.bool)
+    edge[border:-border, border:-border] = False
+    return pictures[:, :, edge].median(dim=2).values
+
+
 def half_crossings(shares: pd.Series) -> list[float]:
     """Start times at which ``shares`` (indexed by start) crosses one half, interpolated, later ones last."""
     shares = shares.sort_index(ascending=False)
@@ -58,7 +65,7 @@ def colour_of_mean(denoiser: Denoiser) -> torch.Tensor:
     pictures, _ = unseen_scenes()
     means = denoiser.encode(pictures).mean(dim=(2, 3))
     ones = torch.ones(len(means), 1)
-    return torch.linalg.lstsq(torch.cat([means, ones], 1), metrics.background_colour(pictures)).solution[:-1]
+    return torch.linalg.lstsq(torch.cat([means, ones], 1), background_colour(pictures)).solution[:-1]
 
 
 def noise_colour_correlation(table: pd.DataFrame, linear: torch.Tensor) -> float:
