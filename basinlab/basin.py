@@ -177,14 +177,14 @@ def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def membership(
-    denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, radius, *args, **options
+    denoiser: Denoiser, prompt: str, states: Tensor, timestep: int, attractor: Tensor, distance, radius, *args, **named
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
     From each of ``states`` [B, C, H, W] CFG runs to the end. ``attractor`` is one picture; the further arguments are
     those of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
     """
-    run = sample_from(denoiser, [prompt] * len(states), states, timestep, *args, progress=False, **options)
+    run = sample_from(denoiser, [prompt] * len(states), states, timestep, *args, progress=False, **named)
     return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= radius
 
 

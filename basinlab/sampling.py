@@ -42,10 +42,11 @@ class Samples:
         return self._images
 
     def table(self) -> pd.DataFrame:
-        """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) and calls of the network."""
-        columns = {"prompt": self.prompts, "seed": self.seeds, "calls": self.network_calls}
+        """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) calls, gradient_passes."""
         starts = getattr(self, "starts", [None])
-        table = pd.DataFrame(columns).loc[np.repeat(np.arange(len(self)), len(starts))].reset_index(drop=True)
+        table = pd.DataFrame({"prompt": self.prompts, "seed": self.seeds}).assign(calls=self.network_calls)
+        table["gradient_passes"] = getattr(self, "gradient_passes", 0 * self.network_calls)
+        table = table.loc[table.index.repeat(len(starts))].reset_index(drop=True)
         return table if starts == [None] else table.assign(start=np.tile(starts, len(self)))
 
 

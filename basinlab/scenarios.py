@@ -203,18 +203,13 @@ class Judges:
         have an object; layout, where there is a layout_floor; saturated. A template is copied by its layout, a prompt
         of a list without attractors by ``nearest``.
         """
-        starts = run.starts if isinstance(run, Sweep) else [np.nan]
-        pictures = run.images().flatten(0, 1) if isinstance(run, Sweep) else run.images()
-        table = prompts.drop_duplicates("prompt").set_index("prompt").loc[run.prompts].reset_index()
-        table = table.loc[table.index.repeat(len(starts))].reset_index(drop=True)
-        table["seed"], table["start"] = np.repeat(run.seeds, len(starts)), np.tile(starts, len(run))
-        table["calls"] = np.repeat(run.network_calls, len(starts))
-        table["gradient_passes"] = np.repeat(getattr(run, "gradient_passes", torch.zeros(len(run))), len(starts))
+        pictures = run.images().flatten(0, -4)
+        table = run.table().merge(prompts.drop_duplicates("prompt"), on="prompt", how="left", validate="m:1")
         table["saturated"] = metrics.saturated_share(pictures)
         self._copies(table, pictures)
         if self.alignment:
             self._alignment(table, pictures)
-        return table.drop(columns=["attractor", "swapped", *["start"] * (not isinstance(run, Sweep))], errors="ignore")
+        return table.drop(columns=["attractor", "swapped"], errors="ignore")
 
     def _copies(self, table: pd.DataFrame, pictures: Tensor) -> None:
         """Add distance, nearest, diversity, layout and copied."""
@@ -225,7 +220,7 @@ class Judges:
             table["distance"] = [float((1 - known @ f).min()) for known, f in zip(own, features, strict=True)]
             if self.learned is not None:
                 table["nearest"] = (1 - features @ self.learned.T).amin(dim=1)
-            for rows in table.groupby(["prompt", "start"], dropna=False).indices.values():
+            for rows in table.groupby([name for name in ("prompt", "start") if name in table]).indices.values():
                 table.loc[rows, "diversity"] = float(metrics.diversity(features[rows]))
         judged = table["distance"] if "attractor" in table else table["distance"].fillna(table["nearest"])
         copied = (judged <= self.scenario.radius).astype("boolean").mask(judged.isna())

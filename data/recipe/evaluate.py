@@ -12,13 +12,15 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from basinlab.basin import calibrate_radius
 from basinlab.comparison import MAIN, processes, run_grid
 from basinlab.guidance import ConstantGuidance, StaticTransitionPoint
+from basinlab.metrics import CopyDistance
 from basinlab.models import Denoiser, data_folder
 from basinlab.sampling import Trajectory, initial_noise
 from basinlab.scenarios import Judges, Scenario, read
 
-from .scorecard import background_colour, layout_floor
+from .scorecard import background_colour, layout_floor, negatives_of
 
 STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
 
@@ -106,7 +108,7 @@ def main() -> None:
     if team.is_main_process:
         path = data_folder() / scenario.model / "evaluation.parquet"
         table.to_parquet(path, index=False)
-        radius = calibrate_radius(negatives_of(table, scenario, metrics.CopyDistance()))
+        radius = calibrate_radius(negatives_of(table, scenario, CopyDistance()))
         print(f"{len(table)} samples in {path}; radius: {radius!r}, layout_floor: {layout_floor(scenario)!r}")
     team.destroy_process_group()
 
