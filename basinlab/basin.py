@@ -56,7 +56,7 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
 
 
 def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
-    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, inside or not.
+    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, and copied: whether it is inside the ball.
 
     Args:
         run: B samples, or B samples at F start times.
@@ -69,10 +69,10 @@ def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) 
     if isinstance(run, Sweep):
         table, pictures = table.merge(pd.DataFrame({"start": run.starts}), how="cross"), pictures.flatten(0, 1)
     distances = distance(pictures, attractors.repeat_interleave(len(pictures) // len(attractors), dim=0))
-    return table.assign(distance=distances, inside=distances <= ball.radius)
+    return table.assign(distance=distances, copied=distances <= ball.radius)
 
 
-def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "inside") -> pd.DataFrame:
+def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "copied") -> pd.DataFrame:
     """Share of samples with ``of`` true in each group of ``by``: columns n, captured, low, high (Wilson, 95%).
 
     Samples of which it is not known (NA) do not count.
@@ -141,7 +141,7 @@ def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFram
     return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
 
 
-def transition_points(table: pd.DataFrame, of: str = "inside") -> pd.DataFrame:
+def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     """Definition 3, measured: at which start time the outcome of each (prompt, seed) flips.
 
     Args:

@@ -101,6 +101,10 @@ class Scenario:
         except (ValueError, OSError) as error:
             raise type(error)(f"{error} (weights of {self.name}: {self.weights_url or 'bundled'})") from error
 
+    def judges(self, device: str | torch.device = "cpu") -> "Judges":
+        """What looks at its pictures."""
+        return Judges(self, device)
+
     def table(self, group: str = "memorized") -> pd.DataFrame:
         """The prompts of ``group``, a row each, or a row for each reference picture: prompt and what the list has."""
         listed = self.prompts[group]
