@@ -56,7 +56,7 @@ def calibrate_ball(negatives: dict[str, Tensor], false_positive_rate: float = 0.
 
 
 def outcomes(run: Trajectory | Sweep, attractors: Tensor, distance, ball: Ball) -> pd.DataFrame:
-    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, and copied: whether it is inside the ball.
+    """One row a sample of ``run``: prompt, seed, of a sweep also start, distance to its attractor, and whether copied.
 
     Args:
         run: B samples, or B samples at F start times.

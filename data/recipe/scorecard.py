@@ -88,9 +88,11 @@ def noise_colour_correlation(table: pd.DataFrame, linear: torch.Tensor) -> float
 
 def _over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
     """Bootstrap interval of ``statistic(table)``, drawing whole prompts."""
-    groups = [part for _, part in table.groupby("prompt", sort=False)]
+    rows = [*table.groupby("prompt", sort=False).indices.values()]
     return bootstrap_interval(
-        np.arange(len(groups)), lambda drawn: statistic(pd.concat([groups[i] for i in drawn])), resamples=200
+        np.arange(len(rows)),
+        lambda drawn: statistic(table.iloc[np.concatenate([rows[i] for i in drawn])]),
+        resamples=200,
     )
 
 
