@@ -124,11 +124,7 @@ class Scenario:
 
 
 def names() -> list[str]:
-    """The scenarios that come with the package.
-
-    >>> names()[:3]
-    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
-    """
+    """The scenarios that come with the package."""
     return sorted(path.stem for path in data_folder().glob("scenarios/*.yaml"))
 
 
@@ -160,10 +156,10 @@ class Judges:
         tables = {group: self._made(scenario.table, group) for group in scenario.prompts}
         tables = {group: table for group, table in tables.items() if table is not None}
         self.objects = sorted({name for table in tables.values() if "object" in table for name in table["object"]})
-        for table in tables.values() if self.distance else ():
-            if "attractor" in table:
-                for prompt, paths in table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]:
-                    self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
+        known = [table.dropna(subset="attractor") for table in tables.values() if "attractor" in table]
+        for prompt, paths in (pair for table in known for pair in table.groupby("prompt", sort=False)["attractor"]):
+            if self.distance:
+                self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
         memorized = tables["memorized"]["prompt"].unique() if "memorized" in tables else []
         learned = [self.references[prompt] for prompt in memorized if prompt in self.references]
         self.learned = torch.cat(learned) if learned else None
