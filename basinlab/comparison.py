@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
+def _judged(denoiser: Denoiser, rows: pd.DataFrame, seeds, setting: Setting, judges: Judges, options: dict):
+    """The table of all ``seeds`` of the prompts in ``rows`` under one setting."""
+    began = time.perf_counter()
+    run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
+    seconds = (time.perf_counter() - began) / len(run)
+    return judges(run, rows).assign(seconds=seconds)
+
+
 def run_grid(
     denoiser: Denoiser,
     prompts: pd.DataFrame,
@@ -131,20 +140,16 @@ def run_grid(
     be a tuple of method, setting and rule.
     """
     team, made_with = processes(), {**denoiser.settings(), "judges": judges.settings()}
-
-    def make(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
-        began, options = time.perf_counter(), {"steps": steps, "batch_size": batch_size, "measure": measure}
-        run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
-        seconds = (time.perf_counter() - began) / len(run)
-        return judges(run, rows).assign(seconds=seconds)
+    options = {"steps": steps, "measure": measure, "batch_size": batch_size}
 
     def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
         names = dict(zip(("method", "setting", "rule"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **made_with}
         settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure}
+        make = partial(_judged, denoiser, rows, seeds, setting, judges, options)
         file = " ".join(str(x) for x in names.values() if x is not None)
-        return kept(folder, file, settings, lambda: make(setting, rows)).assign(**names)
+        return kept(folder, file, settings, make).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
     parts = [(name, setting, rows) for name, setting in methods.items() for rows in blocks]

@@ -241,8 +241,7 @@ class Judges:
         table["clip"] = list(clip.half().numpy())
         table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
         if "object" in table:
-            objects = table["object"].tolist()
-            table["object_right"] = metrics.object_right(self.alignment, pictures, objects, self.objects).numpy()
+            table["object_right"] = table["object"] == self.alignment.classify(clip, self.objects)
             table["new_and_right"] = table["object_right"] & ~table["copied"]
 
 

@@ -132,6 +132,7 @@ class Card:
 def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = unseen_scenes()
+    seen = judges.alignment.classify(judges.alignment.picture_features(pictures), judges.objects)
     error = (denoiser.decode(denoiser.encode(pictures)) - pictures).square().flatten(1).mean(dim=1)
     psnr = -10 * error.log10().numpy()
     card.add(
@@ -144,7 +145,7 @@ def _instruments(card: Card, denoiser: Denoiser, judges: Judges) -> None:
     )
     card.share(
         "CLIP, unseen scenes: object named right",
-        metrics.object_right(judges.alignment, pictures, names, judges.objects),
+        np.equal(seen, names),
         0.95,
     )
 
