@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,10 @@ from accelerate import PartialState
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
+from . import guidance as g
 from . import metrics
 from . import mitigations as m
-from .guidance import (
-    ConstantGuidance,
-    DynamicTransitionPoint,
-    GuidanceInterval,
-    OppositeGuidance,
-    ScheduledGuidance,
-    StaticTransitionPoint,
-    describe,
-)
+from .guidance import describe
 from .models import Denoiser, data_folder
 from .sampling import sample
 from .scenarios import Judges, Scenario, names, read
@@ -60,16 +54,16 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     """
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     point, until = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
-    fifth = StaticTransitionPoint(899 if bundled else 919, s)  # CFG from the fifth step on
+    fifth = g.StaticTransitionPoint(899 if bundled else 919, s)  # CFG from the fifth step on
 
     def settings(kind, authors: Sequence, ours: Sequence, guidance=None) -> list[Setting]:
         made = [kind(*constants) for constants in (ours if bundled else [authors])]
-        return [[x] if isinstance(x, BaseGuidance) else [x, guidance or ConstantGuidance(s)] for x in made]
+        return [[x] if isinstance(x, BaseGuidance) else [x, guidance or g.ConstantGuidance(s)] for x in made]
 
     words = [(1,), (2,), (4,), (8,)]
     return {
-        "CFG": [[ConstantGuidance(s)]],
-        "lower scale": settings(ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
+        "CFG": [[g.ConstantGuidance(s)]],
+        "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
         "RNA": settings(m.RandomNumbers, (), words),
         "RTA": settings(m.RandomTokens, (), words),
         "CWR": settings(m.RepeatedWords, (), words),
@@ -78,16 +72,16 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "Ren": settings(m.CrossAttentionMask, (), [(1.25, True), (1.25, False), (2, False), (3, False)]),
         "CADS": settings(m.ConditionAnnealing, (), [(0.1, t + 300, t) for t in (600, 500, 350, 200)]),
         "Han, per sample": settings(m.NoiseDescent, (), [(t, 0.02, 30) for t in (0.3, 0.2, 0.15, 0.1)]),
-        "Han, batch-wise": settings(m.NoiseAscent, (), [(12.5, g) for g in (3, 10, 20, 40)], fifth),
+        "Han, batch-wise": settings(m.NoiseAscent, (), [(12.5, gamma) for gamma in (3, 10, 20, 40)], fifth),
         "SAIL": settings(m.SharpnessAwareNoise, (), [(t, 0.25, 0.01, 0.02) for t in (0.6, 0.5, 0.45, 0.4)]),
-        "interval": settings(GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
-        "schedule": settings(ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
-        "STP": settings(StaticTransitionPoint, (point, s), [(t, s) for t in (700, 600, 500, 400)]),
-        "DTP": settings(DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
+        "interval": settings(g.GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
+        "schedule": settings(g.ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
+        "STP": settings(g.StaticTransitionPoint, (point, s), [(t, s) for t in (700, 600, 500, 400)]),
+        "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
         "OG + STP": settings(
-            OppositeGuidance, (until, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]
+            g.OppositeGuidance, (until, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]
         ),
-        "OG + DTP": settings(OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
+        "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
     }
 
 
@@ -117,11 +111,19 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
+def _judged(denoiser: Denoiser, rows: pd.DataFrame, seeds, setting: Setting, judges: Judges, options: dict):
+    """The table of all ``seeds`` of the prompts in ``rows`` under one setting."""
+    began = time.perf_counter()
+    run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
+    seconds = (time.perf_counter() - began) / len(run)
+    return judges(run, rows).assign(seconds=seconds)
+
+
 def run_grid(
     denoiser: Denoiser,
     prompts: pd.DataFrame,
     seeds: Sequence[int],
-    methods: Mapping[str, Setting],
+    methods: Mapping[str | tuple, Setting],
     judges: Judges,
     folder: str | Path | None,
     *,
@@ -134,21 +136,20 @@ def run_grid(
     """Sample ``prompts`` x ``seeds`` under every method and judge the pictures; resumes from ``folder``.
 
     Every ``block`` prompts of a method are one file. The files are shared out among the processes, which all see
-    ``folder``; at the end each has the whole table: the columns of ``judges``, method, and seconds a sample.
+    ``folder``; at the end each has the whole table: the columns of ``judges``, seconds a sample, and method, which may
+    be a tuple of method, setting and rule.
     """
     team, made_with = processes(), {**denoiser.settings(), "judges": judges.settings()}
+    options = {"steps": steps, "measure": measure, "batch_size": batch_size}
 
-    def make(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
-        began, options = time.perf_counter(), {"steps": steps, "batch_size": batch_size, "measure": measure}
-        run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
-        seconds = (time.perf_counter() - began) / len(run)
-        return judges(run, rows).assign(seconds=seconds)
-
-    def table(name: str, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+    def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+        names = dict(zip(("method", "setting", "rule"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **made_with}
         settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure}
-        return kept(folder, name, settings, lambda: make(setting, rows)).assign(method=name)
+        make = partial(_judged, denoiser, rows, seeds, setting, judges, options)
+        file = " ".join(str(x) for x in names.values() if x is not None)
+        return kept(folder, file, settings, make).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
     parts = [(name, setting, rows) for name, setting in methods.items() for rows in blocks]
@@ -185,8 +186,7 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     All "methods" on all groups; on the main scenario's memorized prompts all "settings" and "pairs" too. What is tried
     is (method, number of the setting or None, rule that it is paired with or "CFG") -> setting.
     """
-    size, parts = PROFILES[profile], groups(scenario, profile)
-    chosen = tuned(scenario)
+    size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
     alone = {(name, None, "CFG"): setting for name, setting in chosen.items()}
     grids = [("methods", group, rows, range(size["seeds"]), alone) for group, rows in parts.items()]
@@ -205,20 +205,12 @@ def compare(
 
     Columns: those of `run_grid`, and scenario, of, group, setting and rule, as in `plan`.
     """
-    denoiser, judges, grids, tables = (
-        scenario.load(device=device),
-        Judges(scenario, device),
-        plan(scenario, profile),
-        [],
-    )
-    total = sum(len(rows) * len(seeds) * len(tried) for _, _, rows, seeds, tried in grids)
+    denoiser, judges, grids = scenario.load(device=device), Judges(scenario, device), plan(scenario, profile)
+    total, tables = sum(len(rows) * len(seeds) * len(tried) for _, _, rows, seeds, tried in grids), []
     with tqdm(total=total, unit="sample", desc=scenario.name, disable=not processes().is_main_process) as bar:
+        options = {"steps": PROFILES[profile]["steps"], "bar": bar}
         for of, group, rows, seeds, tried in grids:
-            names = {" ".join(str(x) for x in name if x is not None): name for name in tried}
-            options = {"steps": PROFILES[profile]["steps"], "bar": bar}
-            settings = dict(zip(names, tried.values(), strict=True))
-            found = run_grid(denoiser, rows, seeds, settings, judges, folder, **options)
-            found[["method", "setting", "rule"]] = [names[name] for name in found["method"]]
+            found = run_grid(denoiser, rows, seeds, tried, judges, folder, **options)
             tables.append(found.assign(of=of, group=group))
     return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name).astype({"setting": "Int64"})
 
@@ -234,9 +226,7 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     return digest(parts)
 
 
-def obtain(
-    profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"
-) -> pd.DataFrame:
+def obtain(profile: str = "reader", folder: str | Path = "build/comparison", device: str = "cpu") -> pd.DataFrame:
     """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
     scenarios, path = [read(name) for name in SCENARIOS], data_folder() / "comparison.parquet"
     if profile == "paper" and path.exists():

@@ -193,16 +193,10 @@ class Alignment(_Judge):
         _one_each(pictures, texts)
         return (self.picture_features(pictures) * self.text_features(texts)).sum(dim=1)
 
-    def classify(self, pictures: Tensor, names: Sequence[str], phrase: str = "a picture of a {}") -> Tensor:
-        """Index into ``names`` of the name that fits best, [B] (zero-shot, top 1)."""
+    def classify(self, features: Tensor, names: Sequence[str], phrase: str = "a picture of a {}") -> list[str]:
+        """The one of ``names`` that fits each picture best, by `picture_features` [B, F] (zero-shot, top 1)."""
         texts = self.text_features([phrase.format(name) for name in names])
-        return (self.picture_features(pictures) @ texts.T).argmax(dim=1)
-
-
-def object_right(alignment: Alignment, pictures: Tensor, objects: Sequence[str], names: Sequence[str]) -> Tensor:
-    """Whether CLIP sees, of all ``names``, each picture's own one of ``objects``, [B] bool."""
-    found = alignment.classify(pictures, names).tolist()
-    return torch.tensor([names[i] == name for i, name in zip(found, objects, strict=True)])
+        return [names[i] for i in (features @ texts.T).argmax(dim=1).tolist()]
 
 
 def diversity(features: Tensor) -> Tensor:

@@ -101,6 +101,10 @@ class Scenario:
         except (ValueError, OSError) as error:
             raise type(error)(f"{error} (weights of {self.name}: {self.weights_url or 'bundled'})") from error
 
+    def judges(self, device: str | torch.device = "cpu") -> "Judges":
+        """What looks at its pictures."""
+        return Judges(self, device)
+
     def table(self, group: str = "memorized") -> pd.DataFrame:
         """The prompts of ``group``, a row each, or a row for each reference picture: prompt and what the list has."""
         listed = self.prompts[group]
@@ -120,11 +124,7 @@ class Scenario:
 
 
 def names() -> list[str]:
-    """The scenarios that come with the package.
-
-    >>> names()[:3]
-    ['emoji-classes', 'emoji-duplicated', 'emoji-finetuned']
-    """
+    """The scenarios that come with the package."""
     return sorted(path.stem for path in data_folder().glob("scenarios/*.yaml"))
 
 
@@ -156,10 +156,10 @@ class Judges:
         tables = {group: self._made(scenario.table, group) for group in scenario.prompts}
         tables = {group: table for group, table in tables.items() if table is not None}
         self.objects = sorted({name for table in tables.values() if "object" in table for name in table["object"]})
-        for table in tables.values() if self.distance else ():
-            if "attractor" in table:
-                for prompt, paths in table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]:
-                    self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
+        known = [table.dropna(subset="attractor") for table in tables.values() if "attractor" in table]
+        for prompt, paths in (pair for table in known for pair in table.groupby("prompt", sort=False)["attractor"]):
+            if self.distance:
+                self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
         memorized = tables["memorized"]["prompt"].unique() if "memorized" in tables else []
         learned = [self.references[prompt] for prompt in memorized if prompt in self.references]
         self.learned = torch.cat(learned) if learned else None
@@ -236,8 +236,7 @@ class Judges:
         table["clip"] = list(clip.half().numpy())
         table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
         if "object" in table:
-            objects = table["object"].tolist()
-            table["object_right"] = metrics.object_right(self.alignment, pictures, objects, self.objects).numpy()
+            table["object_right"] = table["object"] == self.alignment.classify(clip, self.objects)
             table["new_and_right"] = table["object_right"] & ~table["copied"]
 
 

@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and one table of them: ``make bench``.
 
-python benchmarks/all.py                       # about an hour alone on 2 cores
+python benchmarks/all.py                       # about half an hour alone on 2 cores
 python benchmarks/all.py --table               # only the table, of what was measured before
 python benchmarks/all.py --official FOLDER     # also against a clone of the official code
 """
@@ -16,27 +16,15 @@ from common import RESULTS
 
 HERE = Path(__file__).parent
 RUNS = (
-    ("cold.py", "--clone"),
+    ("cold.py",),
     ("limits.py",),
     ("limits.py", "--dtype", "bfloat16"),
-    ("tried.py",),
     ("sampling.py",),
     ("sweep.py",),
     ("sweep.py", "--dtype", "bfloat16"),
     ("scaling.py",),
-    ("growth.py",),
 )
-NAMES = [
-    "cold",
-    "limits-float32",
-    "limits-bfloat16",
-    "tried",
-    "sampling",
-    "sweep-float32",
-    "sweep-bfloat16",
-    "scaling",
-    "growth",
-]
+NAMES = "cold limits-float32 limits-bfloat16 sampling sweep-float32 sweep-bfloat16 scaling random".split()
 
 
 def against_official() -> pd.DataFrame:
@@ -44,29 +32,9 @@ def against_official() -> pd.DataFrame:
     if not (RESULTS / "official.csv").exists():
         return pd.DataFrame()
     table = pd.read_csv(RESULTS / "official.csv").dropna(subset="ratio")
-    of, parts = "images a second, the scripts in float32; more in official.md", []
-    for dtype, label in (("float32", ""), ("bfloat16", ", bfloat16")):
-        names = {f"ratio{label}": "median", f"ratio{label} lowest": "lowest", f"ratio{label} highest": "highest"}
-        if set(names) <= set(table):
-            part = table[["case", "rounds", *names]].rename(columns=names)
-            parts.append(part.assign(figure=part.pop("case") + f": ours, {dtype} / the script"))
-            parts.append(_one_after_the_other(table, dtype, label))
-    return pd.concat(parts).assign(benchmark="official", of=of)
-
-
-def _one_after_the_other(table: pd.DataFrame, dtype: str, label: str) -> pd.DataFrame:
-    """A picture by each method in turn: one script for each, against ours. The range is the widest there can be."""
-    table = table[table["case"] != "OG+DTP"]  # as published it goes on with 200 steps, which flatters us
-    seconds = lambda figure: (1 / table[figure]).sum()  # noqa: E731
-    theirs, ours = "official images/s", f"ours images/s{label}"
-    row = {
-        "median": seconds(theirs) / seconds(ours),
-        "lowest": seconds(f"{theirs} highest") / seconds(f"{ours} lowest"),
-        "highest": seconds(f"{theirs} lowest") / seconds(f"{ours} highest"),
-        "rounds": table["rounds"].min(),
-        "figure": f"all {len(table)} methods: ours, {dtype} / one script each",
-    }
-    return pd.DataFrame([row])
+    table = table.rename(columns={"ratio": "median", "ratio lowest": "lowest", "ratio highest": "highest"})
+    names = {"benchmark": "official", "figure": table["case"] + ": ours / the script", "of": "images a second, float32"}
+    return table.assign(**names)
 
 
 def main() -> None:
@@ -78,7 +46,7 @@ def main() -> None:
     for number, (script, *arguments) in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {script} {' '.join(arguments)}", flush=True)
         subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
-    tables = {name: RESULTS / f"{name}.csv" for name in [*NAMES, "gpu"]}
+    tables = {name: RESULTS / f"{name}.csv" for name in NAMES}
     found = [pd.read_csv(path).assign(benchmark=name) for name, path in tables.items() if path.exists()]
     columns = ["benchmark", "figure", "median", "lowest", "highest", "rounds", "of"]
     table = pd.concat([*found, against_official()])[columns]

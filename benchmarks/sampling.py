@@ -1,91 +1,93 @@
-"""Sampling against diffusers' own pipeline, one picture a call and as many as ours, in one run.
+"""`sample` against diffusers' own pipeline, one picture a call and as many as ours at once, in one run.
 
-Both draw the same (prompt, seed) pairs with the same steps and guidance scale, decoded pictures
-included, in alternating rounds; the figure that counts is the ratio of images per second. Also
-reported: the share of our time inside the U-Net's forward, and the process's peak memory.
+Both sides have the same weights, steps and guidance scale, pictures decoded, in alternating rounds; the figures that
+count are ratios of images a second. Also told: the share of our time inside the U-Net's forward, and the peak memory.
 
-    python benchmarks/sampling.py --prompts 48 --seeds 8
+    python benchmarks/sampling.py                                          # the bundled checkpoint
+    python benchmarks/sampling.py --random --device cuda --dtype bfloat16  # Stable Diffusion 1.4's sizes
 """
 
 import argparse
-import time
+from functools import partial
+from pathlib import Path
 
 import torch
-from common import ForwardClock, by_column, peak_gib, write
+from common import RESULTS, ForwardClock, peak_gib, seconds_of, write
 
 import basinlab
-from basinlab.models import Denoiser
+from basinlab.models import StableDiffusion
 
 
-def ours(denoiser: Denoiser, prompts: list[str], seeds: range, scale: float, steps: int) -> float:
-    """Images per second of `basinlab.sample`, decoding included."""
-    began = time.perf_counter()
-    guidance = basinlab.ConstantGuidance(scale)
-    basinlab.sample(denoiser, prompts, seeds, guidance, steps=steps, record=False, progress=False).images()
-    return len(prompts) * len(seeds) / (time.perf_counter() - began)
+def random_weights(device: str, dtype: torch.dtype, tiny: bool) -> StableDiffusion:
+    """Stable Diffusion 1.4 with random weights, and the bundled checkpoint's words and noise schedule."""
+    bundled = basinlab.load("emoji-duplicated").pipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-
-def batched(pipeline, prompt: str, count: int, scale: float, steps: int) -> float:
-    """Images per second of the pipeline, called once for ``count`` of them."""
-    began = time.perf_counter()
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    options = {"num_inference_steps": steps, "guidance_scale": scale, "generator": generators, "output_type": "np"}
-    pipeline([prompt] * count, **options)
-    return count / (time.perf_counter() - began)
-
-
-def loop(pipeline, pairs: list[tuple[str, int]], scale: float, steps: int) -> float:
-    """Images per second of the pipeline, called once an image."""
-    began = time.perf_counter()
-    for prompt, seed in pairs:
-        generator = torch.Generator().manual_seed(seed)
-        pipeline(prompt, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="np")
-    return len(pairs) / (time.perf_counter() - began)
+    channels, coder = ((32,) * 4, (8,) * 4) if tiny else ((320, 640, 1280, 1280), (128, 256, 512, 512))
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    vae = AutoencoderKL(block_out_channels=coder, layers_per_block=2, down_block_types=down, up_block_types=up,
+                        norm_num_groups=8, scaling_factor=0.18215)  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=8 if tiny else 64, cross_attention_dim=768, block_out_channels=channels)
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(bundled.tokenizer), **text, eos_token_id=1))
+    parts = {"vae": vae, "unet": unet, "text_encoder": text, "tokenizer": bundled.tokenizer}
+    pipeline = StableDiffusionPipeline(**parts, scheduler=bundled.scheduler, **basinlab.models.UNCHECKED)
+    shape, pipeline = (4, *[unet.config.sample_size] * 2), pipeline.to(device, dtype)
+    return StableDiffusion("random", pipeline, torch.device(device), shape, bundled.scheduler)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="emoji-duplicated", help="checkpoint")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--random", action="store_true", help="random weights in Stable Diffusion 1.4's sizes")
+    parser.add_argument("--tiny", action="store_true", help="the same in sizes whose figures mean nothing")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop-images", type=int, default=8, help="images a round of the slower side")
-    parser.add_argument("--scale", type=float, default=7.5)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args()
-
-    from diffusers import StableDiffusionPipeline
-
-    denoiser = basinlab.load(options.name)
-    pipeline = StableDiffusionPipeline.from_pretrained(denoiser.folders[0], torch_dtype=torch.float32)
+    device, dtype, few = options.device, getattr(torch, options.dtype), min(options.batch, 4)
+    if options.random or options.tiny:
+        denoiser = random_weights(device, dtype, options.tiny)
+    else:
+        denoiser = basinlab.load("emoji-duplicated", device=device, dtype=dtype)
+    pipeline = denoiser.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    prompts = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()[: options.prompts]
-    pairs = [(prompts[i % len(prompts)], i) for i in range(options.loop_images)]
-    loop(pipeline, pairs[:1], options.scale, options.steps)  # warm up
-    clock, rows = ForwardClock(denoiser.unet), []
-    per_round = max(1, options.prompts // options.rounds)
-    for number in range(options.rounds):
-        part = prompts[number * per_round : (number + 1) * per_round]
-        clock.seconds = 0.0
-        fast = ours(denoiser, part, range(options.seeds), options.scale, options.steps)
-        inside = clock.seconds * fast / (len(part) * options.seeds)
-        slow = loop(pipeline, pairs, options.scale, options.steps)
-        same = batched(pipeline, prompts[number], options.batch_size, options.scale, options.steps)
-        rows.append(
-            {
-                "basinlab images/s": fast,
-                "pipeline images/s, one a call": slow,
-                "pipeline images/s, same batch": same,
-                "basinlab / pipeline, one a call": fast / slow,
-                "basinlab / pipeline, same batch": fast / same,
-                "share of our time in the U-Net": inside,
-            }
-        )
-        print(rows[-1], flush=True)
-    runs = f"{options.prompts} prompts x {options.seeds} seeds, {options.steps} steps, batches of {options.batch_size}"
-    columns = {**by_column(rows), "peak memory GiB": [peak_gib()]}
-    write("sampling", columns, f"{runs}, float32, {torch.get_num_threads()} threads")
+    common = {"steps": options.steps, "batch_size": options.batch, "record": False, "progress": False}
+
+    def theirs(calls: int, batch: int) -> None:
+        for seed in range(calls):
+            noise = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+            pipeline(["an owl"] * batch, num_inference_steps=options.steps, generator=noise, output_type="pt")
+
+    def ours(guidance) -> None:
+        basinlab.sample(denoiser, "an owl", range(options.batch), guidance, **common).images()
+
+    ways = {
+        "pipeline, same batch": (partial(theirs, 1, options.batch), options.batch),
+        "pipeline, one a call": (partial(theirs, few, 1), few),
+        "basinlab, CFG": (partial(ours, basinlab.ConstantGuidance(7.5)), options.batch),
+        "basinlab, STP at 500": (partial(ours, basinlab.StaticTransitionPoint(500, 7.5)), options.batch),
+    }
+    rates, clock, shares = {name: [] for name in ways}, ForwardClock(denoiser.unet, device), []
+    for number in range(options.rounds + 1):  # the first warms up
+        for name, (work, images) in ways.items():
+            clock.seconds = 0.0
+            seconds = seconds_of(work, device)
+            if number:
+                rates[name].append(images / seconds)
+            if number and name == "basinlab, CFG":
+                shares.append(clock.seconds / seconds)
+    columns = {f"{name}, images/s": values for name, values in rates.items()}
+    for mine, other in [(mine, other) for mine in [*ways][2:] for other in [*ways][:2]]:
+        columns[f"{mine} / {other}"] = [a / b for a, b in zip(rates[mine], rates[other], strict=True)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak_gib()
+    columns |= {"share of our time in the U-Net": shares, "peak memory GiB": [peak]}
+    size = "a rehearsal at tiny size" if options.tiny else denoiser.name
+    note = f"{size}, batches of {options.batch}, {options.steps} steps, {options.dtype}, {options.device}"
+    write("sampling" if denoiser.name != "random" else "random", columns, note, options.out)
 
 
 if __name__ == "__main__":

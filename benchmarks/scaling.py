@@ -1,9 +1,8 @@
-"""The grid over 1 and 2 processes, one thread each, in one run: samples a second, and what is lost.
+"""The grid over 1 and 2 processes, one thread each: samples a second, and what is lost.
 
-Every round begins `accelerate launch` anew; timed is what the processes do together, from the moment
-when all of them have their weights to the moment when the table is whole.
+Every round begins `accelerate launch` anew; timed is what the processes do together, once they have their weights.
 
-    python benchmarks/scaling.py --prompts 32 --seeds 4 --rounds 3
+    python benchmarks/scaling.py --rounds 3
 """
 
 import argparse
@@ -17,71 +16,47 @@ from pathlib import Path
 
 from common import by_column, write
 
+PROMPTS, SEEDS, STEPS = 32, 4, 50
 
-def work(options: argparse.Namespace) -> None:
-    """What each process does."""
+
+def work(folder: Path) -> None:
+    """What each process does; the main one leaves a report."""
     import basinlab
     from basinlab.comparison import processes, run_grid
 
-    scenario = basinlab.scenarios.read("emoji-duplicated")
-    denoiser, judges = scenario.load(), basinlab.scenarios.Judges(scenario)
-    prompts = scenario.table().head(options.prompts)
+    scenario, team = basinlab.scenarios.read("emoji-duplicated"), processes()
+    denoiser, judges, prompts = scenario.load(), scenario.judges(), scenario.table().head(PROMPTS)
     methods = {"CFG": [basinlab.ConstantGuidance(5.0)], "STP": [basinlab.StaticTransitionPoint(500, 5.0)]}
-    grid = {"block": options.block, "steps": options.steps}
-    run_grid(denoiser, prompts.head(1), [0], methods, judges, options.parts / "warm-up", steps=2)
-    team = processes()
     team.wait_for_everyone()
     began = time.perf_counter()
-    table = run_grid(denoiser, prompts, range(options.seeds), methods, judges, options.parts, **grid)
+    table = run_grid(denoiser, prompts, range(SEEDS), methods, judges, folder / "parts", steps=STEPS)
     seconds = time.perf_counter() - began
     if team.is_main_process:
-        bytes_written = sum(path.stat().st_size for path in options.parts.glob("*.parquet"))
-        found = {"samples": len(table), "seconds": seconds, "bytes a sample": bytes_written / len(table)}
-        options.report.write_text(json.dumps(found))
+        (folder / "report.json").write_text(json.dumps(len(table) / seconds))
     team.destroy_process_group()
 
 
-def launched(processes: int, options: argparse.Namespace) -> dict:
-    """What one run with so many processes took."""
+def launched(processes: int) -> float:
+    """Samples a second of one run with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
         several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        own = ["--parts", str(Path(folder) / "parts"), "--report", str(report)]
-        own += [f"--{name}={getattr(options, name)}" for name in ("prompts", "seeds", "steps", "block")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*launcher, __file__, *own], env=environment, check=True, stderr=subprocess.DEVNULL)
-        return json.loads(report.read_text())
+        subprocess.run([*launcher, __file__, "--work", folder], env=environment, check=True, stderr=subprocess.DEVNULL)
+        return json.loads((Path(folder) / "report.json").read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--block", type=int, default=8, help="prompts a part")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.report is not None:
-        work(options)
-        return
-    rows = []
-    for _ in range(options.rounds):
-        one, two = (launched(processes, options) for processes in (1, 2))
-        rates = {n: found["samples"] / found["seconds"] for n, found in ((1, one), (2, two))}
-        rows.append(
-            {
-                "samples/s, 1 process": rates[1],
-                "samples/s, 2 processes": rates[2],
-                "2 processes / 1": rates[2] / rates[1],
-                "bytes a sample": two["bytes a sample"],
-            }
-        )
-        print(rows[-1], flush=True)
-    runs = f"{options.prompts} prompts x {options.seeds} seeds x 2 strategies, {options.steps} steps"
+    if options.work is not None:
+        return work(options.work)
+    pairs = [(launched(1), launched(2)) for _ in range(options.rounds)]
+    rows = [{"samples/s, 1 process": a, "samples/s, 2 processes": b, "2 processes / 1": b / a} for a, b in pairs]
+    runs = f"{PROMPTS} prompts x {SEEDS} seeds x 2 methods, {STEPS} steps"
     write("scaling", by_column(rows), f"{runs}, one thread a process")
 
 

@@ -48,12 +48,12 @@ def test_outcomes_put_each_sample_beside_its_attractor():
     run = SimpleNamespace(prompts=["a", "a", "b"], seeds=[0, 1, 0], images=lambda: torch.zeros(3, 3, 2, 2))
     attractors = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 2, 2)
     table = basin.outcomes(run, attractors, Euclidean(), basin.Ball(2.0, 0.001, {}))
-    assert table[["prompt", "seed", "inside"]].values.tolist() == [["a", 0, True], ["a", 1, True], ["b", 0, False]]
+    assert table[["prompt", "seed", "copied"]].values.tolist() == [["a", 0, True], ["a", 1, True], ["b", 0, False]]
     np.testing.assert_allclose(table.distance, np.sqrt(12) * np.array([0, 0.5, 1]), rtol=1e-6)
 
 
 def test_capture_probability_counts_each_group_with_its_interval():
-    table = pd.DataFrame({"prompt": ["b"] * 4 + ["a"] * 2, "inside": [True, True, True, False, False, False]})
+    table = pd.DataFrame({"prompt": ["b"] * 4 + ["a"] * 2, "copied": [True, True, True, False, False, False]})
     result = basin.capture_probability(table).set_index("prompt")
     assert result.index.tolist() == ["b", "a"]
     assert result[["n", "captured"]].values.tolist() == [[4, 0.75], [2, 0.0]]
@@ -121,7 +121,7 @@ def test_too_few_steps_for_an_interior_minimum_give_nan(steps):
 def outcome_table(rows, starts=(900, 700, 500, 300)):
     """Outcomes of a sweep from strings such as "1100", one a seed, earliest start first."""
     return pd.DataFrame(
-        {"prompt": "p", "seed": seed, "start": start, "inside": mark == "1"}
+        {"prompt": "p", "seed": seed, "start": start, "copied": mark == "1"}
         for seed, row in enumerate(rows)
         for start, mark in zip(starts, row, strict=True)
     )

@@ -1,6 +1,5 @@
 """The benchmarks run, at sizes whose figures mean nothing."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +15,9 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_gpu_benchmark_is_rehearsed_at_tiny_size(tmp_path):
-    size = ["--tiny", "--device", "cpu", "--steps", "4", "--batch", "2", "--rounds", "2", "--out", str(tmp_path)]
-    output = run("gpu.py", *size)
-    table = pd.read_csv(tmp_path / "gpu.csv").set_index("figure")
-    assert table.loc["basinlab, CFG / pipeline, CFG", "rounds"] == 2
-    assert 0 < table.loc["share of time in the U-Net", "median"] < 1
+def test_sampling_is_rehearsed_at_tiny_size(tmp_path):
+    output = run("sampling.py", "--tiny", *"--steps 4 --batch 2 --rounds 2 --out".split(), str(tmp_path))
+    table = pd.read_csv(tmp_path / "random.csv").set_index("figure")
+    assert table.loc["basinlab, CFG / pipeline, same batch", "rounds"] == 2
+    assert 0 < table.loc["share of our time in the U-Net", "median"] < 1
     assert table["of"].str.startswith("a rehearsal at tiny size").all() and "a rehearsal" in output
-
-
-def test_one_point_of_growth_tells_time_and_memory():
-    output = run("growth.py", "--point", '{"prompts": 1, "seeds": 1, "steps": 2, "starts": 2}')
-    point = json.loads(output.splitlines()[-1])
-    assert point["seconds"] > 0 and 0.1 < point["GiB"] < 8

@@ -1,12 +1,7 @@
 """The comparison: its methods, its grid, and what is read off the table."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +13,6 @@ import basinlab
 from basinlab import comparison, mitigations, scenarios
 from basinlab.guidance import describe
 
-ROOT = str(Path(__file__).parents[1])
 MAIN = scenarios.read(comparison.MAIN)
 
 
@@ -127,38 +121,16 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
     assert len([*tmp_path.iterdir()]) == before
 
 
-SCRIPT = """
-import sys
-from basinlab import comparison, scenarios
-scenario = scenarios.read(comparison.MAIN)
-comparison.PROFILES["tiny"] |= {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
-table = comparison.compare(scenario, "tiny", sys.argv[1])
-table.to_parquet(sys.argv[2])
-"""
-
-
-def test_a_comparison_that_was_killed_goes_on_to_the_same_table(tmp_path):
-    folder = tmp_path / "parts"
-
-    def started(out):
-        parts = tmp_path / "others" if out == "whole" else folder
-        command, environment = [sys.executable, "-c", SCRIPT, parts, tmp_path / out], {**os.environ, "PYTHONPATH": ROOT}
-        return subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, env=environment)
-
-    run = started("killed")
-    while not list(folder.glob("*.parquet")) and run.poll() is None:
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL  # it was not over yet
-    kept = {path: path.read_bytes() for path in folder.glob("*.parquet")}
-    assert kept and started("resumed").wait() == 0 and started("whole").wait() == 0
-    assert all(path.read_bytes() == data for path, data in kept.items())
-    resumed, whole = (pd.read_parquet(tmp_path / name) for name in ("resumed", "whole"))
-    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
-    assert whole.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "settings": 13 * 3, "pairs": 2 * 3}
-    assert set(whole.query("of == 'pairs'")["rule"]) == {"DTP", "OG + DTP"} and set(whole["group"]) == {*MAIN.prompts}
-    assert whole.query("of == 'settings' and method == 'GNI'")["setting"].unique().tolist() == [0, 1, 2, 3]
-    assert (whole.query("method == 'CFG'")["calls"] == 4).all()
+def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
+    size = {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
+    monkeypatch.setitem(comparison.PROFILES, "tiny", comparison.PROFILES["tiny"] | size)
+    table = comparison.compare(MAIN, "tiny", tmp_path)
+    assert table.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "settings": 13 * 3, "pairs": 2 * 3}
+    assert set(table.query("of == 'pairs'")["rule"]) == {"DTP", "OG + DTP"} and set(table["group"]) == {*MAIN.prompts}
+    assert table.query("of == 'settings' and method == 'GNI'")["setting"].unique().tolist() == [0, 1, 2, 3]
+    assert (table.query("method == 'CFG'")["calls"] == 4).all()
+    monkeypatch.setattr(comparison, "sample", lambda *given, **options: pytest.fail("sampled again"))
+    pd.testing.assert_frame_equal(comparison.compare(MAIN, "tiny", tmp_path), table)
 
 
 # What is read off the table
