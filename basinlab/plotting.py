@@ -438,6 +438,6 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     label = here.mark_text(fontSize=15).encode(text="label:N", x=alt.value(100), y=alt.value(215))
     left = alt.layer(line, points.add_params(start)).properties(width=420, height=220)
     chart = (left | alt.layer(picture, label).properties(width=200, height=230)).add_params(*choices)
-    page = html.escape(chart.configure_view(stroke=None).to_html(inline=True), quote=True)
+    page = html.escape(chart.configure_view(stroke=None).to_html(inline=True, embed_options={"renderer": "svg"}))
     frame = 'width="100%" height="420" style="border: 0" title="the start of guidance, to be dragged"'
-    return HTML(f'<iframe srcdoc="{page}" {frame}></iframe>')
+    return HTML(f'<div><iframe srcdoc="{page}" {frame}></iframe></div>')

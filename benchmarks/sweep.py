@@ -40,11 +40,11 @@ def main() -> None:
     def swept(prompts: list[str]) -> None:
         basinlab.sweep(denoiser, prompts, seeds, starts, after=after, **common).images()
 
-    rows, distance, ball = [], metrics.CopyDistance(), basin.Ball(0.25, 0.0, {})
+    rows, distance, radius = [], metrics.CopyDistance(), 0.25
     for number in range(options.rounds):
         part = table.iloc[number :: options.rounds]
         prompts, attractors = part["prompt"].tolist(), basinlab.read_pictures(part["attractor"])
-        known = (attractors.repeat_interleave(options.seeds, 0), distance, ball, starts)
+        known = (attractors.repeat_interleave(options.seeds, 0), distance, radius, starts)
         halving = partial(basin.transition_points_by_bisection, denoiser, prompts, seeds, *known, after=after)
         works = (partial(one_by_one, prompts), partial(swept, prompts), partial(halving, **common))
         apart, together, halved = (seconds_of(work) for work in works)

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,22 +14,24 @@ def test_ball_is_the_largest_that_keeps_the_rate_on_every_set(seed, rate):
     rng = np.random.default_rng(seed)
     draw = (lambda n: rng.gamma(2.0, size=n)) if seed % 2 else (lambda n: rng.integers(1, 6, n) / 4)  # ties
     negatives = {name: torch.tensor(draw(rng.integers(1, 3000)), dtype=torch.float32) for name in "abc"}
-    ball = basin.calibrate_ball(negatives, rate)
-    larger = np.nextafter(np.float32(ball.radius), np.float32(np.inf))
-    share = lambda radius: [(d <= float(radius)).double().mean().item() for d in negatives.values()]  # noqa: E731
-    assert max(share(ball.radius)) <= rate < max(share(larger))
-    assert ball.negatives == {name: len(d) for name, d in negatives.items()}
+    radius = basin.calibrate_radius(negatives, rate)
+    larger = np.nextafter(np.float32(radius), np.float32(np.inf))
+
+    def most_inside(radius):
+        return max((d <= float(radius)).double().mean().item() for d in negatives.values())
+
+    assert most_inside(radius) <= rate < most_inside(larger)
 
 
 def test_ball_takes_double_precision_distances():
-    ball = basin.calibrate_ball({"a": torch.tensor([0.5, 0.7], dtype=torch.float64)})
-    assert 0.4999 < ball.radius < 0.5
+    radius = basin.calibrate_radius({"a": torch.tensor([0.5, 0.7], dtype=torch.float64)})
+    assert 0.4999 < radius < 0.5
 
 
 @pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [float("inf")]])
 def test_ball_refuses_negatives_it_cannot_calibrate_on(bad):
     with pytest.raises(ValueError, match=r"'swapped'.*at least one distance, all finite"):
-        basin.calibrate_ball({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
+        basin.calibrate_radius({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
 
 
 class Euclidean:
@@ -44,19 +44,11 @@ class Euclidean:
         return (a - b).flatten(1).norm(dim=1)
 
 
-def test_outcomes_put_each_sample_beside_its_attractor():
-    run = SimpleNamespace(prompts=["a", "a", "b"], seeds=[0, 1, 0], images=lambda: torch.zeros(3, 3, 2, 2))
-    attractors = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 2, 2)
-    table = basin.outcomes(run, attractors, Euclidean(), basin.Ball(2.0, 0.001, {}))
-    assert table[["prompt", "seed", "copied"]].values.tolist() == [["a", 0, True], ["a", 1, True], ["b", 0, False]]
-    np.testing.assert_allclose(table.distance, np.sqrt(12) * np.array([0, 0.5, 1]), rtol=1e-6)
-
-
 def test_capture_probability_counts_each_group_with_its_interval():
     table = pd.DataFrame({"prompt": ["b"] * 4 + ["a"] * 2, "copied": [True, True, True, False, False, False]})
     result = basin.capture_probability(table).set_index("prompt")
     assert result.index.tolist() == ["b", "a"]
-    assert result[["n", "captured"]].values.tolist() == [[4, 0.75], [2, 0.0]]
+    assert result[["n", "value"]].values.tolist() == [[4, 0.75], [2, 0.0]]
     for prompt, successes, n in (("b", 3, 4), ("a", 0, 2)):
         expected = binomtest(successes, n).proportion_ci(method="wilson")
         assert tuple(result.loc[prompt, ["low", "high"]]) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -66,7 +58,7 @@ def test_capture_probability_groups_by_several_columns():
     table = pd.DataFrame({"kind": list("xxyy"), "start": [1, 2, 1, 1], "escaped": [True, False, True, False]})
     result = basin.capture_probability(table, ["kind", "start"], of="escaped")
     rows = [["x", 1, 1, 1.0], ["x", 2, 1, 0.0], ["y", 1, 2, 0.5]]
-    assert result[["kind", "start", "n", "captured"]].values.tolist() == rows
+    assert result[["kind", "start", "n", "value"]].values.tolist() == rows
 
 
 def points(*values):
@@ -148,13 +140,12 @@ def test_outcomes_that_come_back_are_reported():
 def test_funnel_width_is_interpolated_between_radii():
     rows = [("p", seed, 500, radius, radius > edge) for seed, edge in enumerate([1, 1, 3, 3]) for radius in (0, 2, 4)]
     rows += [("p", seed, 300, radius, False) for seed in range(4) for radius in (0, 2, 4)]
-    table = pd.DataFrame(rows, columns=["prompt", "seed", "t", "radius", "escaped"])
+    table = pd.DataFrame(rows, columns=["prompt", "seed", "t", "push", "escaped"])
     table["noise"] = table["t"] / 1000
     widths = basin.funnel_width(table).set_index("t")
-    assert widths.loc[500, "absolute"] == 1 and widths.loc[500, "absolute_high"] == widths.loc[500, "high"] / 2
-    assert widths.loc[500, "width"] == 2 and widths.loc[500, "n"] == 4
-    assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
-    assert np.isinf(widths.loc[300, "width"])
+    assert widths.loc[500, "value"] == 1 and widths.loc[500, "n"] == 4  # a push of 2 times a noise of 0.5
+    assert widths.loc[500, "low"] <= 1 <= widths.loc[500, "high"]
+    assert np.isinf(widths.loc[300, "value"])
 
 
 def test_median_points_count_those_that_never_flip_at_the_ends():
@@ -167,7 +158,7 @@ def test_median_points_count_those_that_never_flip_at_the_ends():
 
 def test_pushes_are_in_units_of_the_noise_for_a_scheduler_with_larger_states_too():
     world, guidance = basinlab.MixtureDenoiser.with_duplicate(), basinlab.ConstantGuidance(3.0)
-    distance, ball, freed = basinlab.PlaneDistance(), basin.Ball(0.5, 0.0, {}), {}
+    distance, radius, freed = basinlab.PlaneDistance(), 0.5, {}
     for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
         options = {"scheduler": scheduler, "progress": False}
         run = basinlab.sample(world, "memorized", range(60), guidance, **options)
@@ -175,7 +166,7 @@ def test_pushes_are_in_units_of_the_noise_for_a_scheduler_with_larger_states_too
         t = run.timesteps.tolist()[20]
         attractors = world.duplicate.expand(len(run), -1, -1, -1)
         times = [run.timesteps.tolist()[0], t]  # the later one must not be measured in units of the first
-        pushes = basin.escapes(run, attractors, distance, ball, times, [0, 4], guidance, **options)
-        freed[scheduler] = pushes.query("t == @t").groupby("radius")["escaped"].mean()
+        pushes = basin.escapes(run, attractors, distance, radius, times, [0, 4], guidance, **options)
+        freed[scheduler] = pushes.query("t == @t").groupby("push")["escaped"].mean()
     assert freed["EulerDiscreteScheduler"][0] == 0
     assert freed["EulerDiscreteScheduler"][4] == pytest.approx(freed["DDIMScheduler"][4], abs=0.15)

@@ -209,12 +209,13 @@ def test_weights_changed_in_memory_are_another_sweep(tiny, tmp_path):
 
 def test_halving_finds_what_the_sweep_shows(tmp_path):
     plane = MixtureDenoiser.with_duplicate(0.6)
-    seeds, ball, options = range(150), basin.Ball(0.5, 0, {}), {"after": ConstantGuidance(3.0), "batch_size": 5000}
+    seeds, radius, options = range(150), 0.5, {"after": ConstantGuidance(3.0), "batch_size": 5000}
     attractors = plane.duplicate.expand(150, 2, 1, 1)
     starts = [*timesteps(plane, 50)[::2], 0]
     whole = sweep(plane, starts, ["memorized"], seeds, steps=50, **options)
-    expected = basin.transition_points(basin.outcomes(whole, attractors, PlaneDistance(), ball))
-    rest = (plane, ["memorized"], seeds, attractors, PlaneDistance(), ball, starts)
+    copied = PlaneDistance()(whole.images().flatten(0, 1), plane.duplicate) <= radius
+    expected = basin.transition_points(whole.table().assign(copied=copied))
+    rest = (plane, ["memorized"], seeds, attractors, PlaneDistance(), radius, starts)
     points, halving = basin.transition_points_by_bisection(*rest, progress=False, folder=tmp_path, **options)
     monotone = expected["monotone"]
     assert 0.5 < monotone.mean() < 1 and set(expected["outcome"]) == {"flips", "always", "never"}
@@ -249,8 +250,8 @@ def test_kept_flips_are_of_one_ball_alone(tmp_path):
     options = {"steps": STEPS, "folder": tmp_path, "progress": False}
 
     def find(radius):
-        ball = basin.Ball(radius, 0.0, {})
-        basin.transition_points_by_bisection(world, ["memorized"], [0, 1], attractors, PlaneDistance(), ball, **options)
+        distance = PlaneDistance()
+        basin.transition_points_by_bisection(world, ["memorized"], [0, 1], attractors, distance, radius, **options)
 
     for radius, files in ((1.0, 1), (1.0, 1), (0.5, 2)):
         find(radius)

@@ -12,7 +12,7 @@ from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTra
 from basinlab.statistics import wilson_interval
 
 SCALE = 3.0
-BALL = basin.Ball(0.5, 0, {})
+RADIUS = 0.5
 ANGLES = np.arange(6) * np.pi / 3
 CENTRES = np.array([*(6 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)), (2.0, -2.5)])
 DEVIATIONS = np.array([0.9] * 6 + [0.05])
@@ -58,7 +58,7 @@ def ends(x, t, weight=SCALE):
 
 
 def captured(points):
-    return np.linalg.norm(points - CENTRES[-1], axis=1) <= BALL.radius
+    return np.linalg.norm(points - CENTRES[-1], axis=1) <= RADIUS
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_capture_probability_is_the_basins_measure(plane):
         options = {"steps": 100, "batch_size": 2000, "progress": False}
         guidance = StaticTransitionPoint(start, SCALE)
         run = basinlab.sample(plane, "memorized", range(2000), guidance, **options)
-        table = basin.outcomes(run, plane.duplicate.expand(2000, 2, 1, 1), PlaneDistance(), BALL)
+        table = run.table().assign(copied=PlaneDistance()(run.images(), plane.duplicate) <= RADIUS)
         row = basin.capture_probability(table).iloc[0]
         assert row.low - 0.02 <= expected <= row.high + 0.02
 
@@ -128,10 +128,10 @@ def test_basin_is_the_set_from_which_the_flow_is_captured(exact):
     axis = np.linspace(-5, 5, 31)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     states = torch.tensor(grid).view(-1, 2, 1, 1)
-    ball, options = BALL, {"guidance": ConstantGuidance(SCALE), "steps": 200, "batch_size": 1000}
+    options = {"guidance": ConstantGuidance(SCALE), "steps": 200, "batch_size": 1000}
     run = basinlab.sample(exact, "memorized", 0, steps=200, progress=False)
     for t in run.timesteps[[20, 100, 150]].tolist():
-        found = basin.membership(exact, "memorized", states, t, exact.duplicate, PlaneDistance(), ball, **options)
+        found = basin.membership(exact, "memorized", states, t, exact.duplicate, PlaneDistance(), RADIUS, **options)
         expected = captured(ends(grid, t))
         assert 0.02 < expected.mean() < 0.98
         assert (found.numpy() == expected).mean() > 0.98
@@ -140,8 +140,8 @@ def test_basin_is_the_set_from_which_the_flow_is_captured(exact):
 def test_transition_points_are_those_of_the_flow(exact):
     seeds = range(100)
     sweep = basinlab.sweep(exact, "memorized", seeds, after=ConstantGuidance(SCALE), steps=100, progress=False)
-    attractors = exact.duplicate.expand(100, 2, 1, 1)
-    points = basin.transition_points(basin.outcomes(sweep, attractors, PlaneDistance(), BALL))
+    copied = PlaneDistance()(sweep.images().flatten(0, 1), exact.duplicate) <= RADIUS
+    points = basin.transition_points(sweep.table().assign(copied=copied))
     x = basinlab.sampling.initial_noise(exact, seeds).flatten(1).double().numpy()
     inside = []
     for start in sweep.starts[:-1]:
@@ -166,7 +166,7 @@ def test_funnel_width_is_that_of_the_basin(exact):
     radii = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
     attractors = exact.duplicate.expand(len(run), 2, 1, 1)
     guidance = ConstantGuidance(SCALE)
-    table = basin.escapes(run, attractors, PlaneDistance(), BALL, times, radii, guidance, progress=False)
+    table = basin.escapes(run, attractors, PlaneDistance(), RADIUS, times, radii, guidance, progress=False)
     widths = basin.funnel_width(table).set_index("t")
     for t in times:
         states = run.latents[:, run.timesteps.tolist().index(t)].flatten(1).double().numpy()

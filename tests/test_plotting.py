@@ -1,9 +1,15 @@
 """Figures: written whole or not at all, with what they were made from."""
 
+import html
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,21 +28,36 @@ def figure():
     plt.close(figure)
 
 
-def test_save_writes_all_forms_and_a_manifest_entry(figure, tmp_path):
-    plotting.save(figure, "one", TABLE, {"seeds": [0]}, tmp_path / "figures")
-    plotting.save(figure, "two", TABLE, {"seeds": [1]}, tmp_path / "figures")
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
+    return tmp_path
+
+
+def test_save_writes_all_forms_and_a_manifest_entry(figure, output):
+    plotting.save(figure, "one", TABLE, {"seeds": [0]})
+    plotting.save(figure, "two", TABLE, {"seeds": [1]})
+    names = {path.name for path in (output / "figures").iterdir()}
     assert names == {f"{n}.{s}" for n in ("one", "two") for s in ("pdf", "png", "csv")} | {"manifest.json"}
-    manifest = json.loads((tmp_path / "figures/manifest.json").read_text())
+    manifest = json.loads((output / "figures/manifest.json").read_text())
     assert [manifest[name]["seeds"] for name in ("one", "two")] == [[0], [1]]
     assert "torch" in manifest["one"]["versions"]
-    assert pd.read_csv(tmp_path / "figures/one.csv").equals(TABLE)
+    assert pd.read_csv(output / "figures/one.csv").equals(TABLE)
 
 
-def test_a_folder_that_cannot_be_written_is_named(figure, tmp_path):
-    (tmp_path / "figures").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match=r"cannot write figure 'one' to .*figures"):
-        plotting.save(figure, "one", TABLE, {}, tmp_path / "figures")
+def test_two_writers_lose_no_entry(output):
+    code = "import matplotlib.pyplot as p, pandas as d; from basinlab import plotting as g; import sys; "
+    code += "[g.save(p.figure(), f'{sys.argv[1]}{i}', d.DataFrame({'a': [i]}), {}) for i in range(8)]"
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("left", "right")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(json.loads((output / "figures/manifest.json").read_text())) == 16
+    assert not [*output.rglob("*.part*")]
+
+
+def test_figures_are_saved_without_git(figure, output, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    plotting.save(figure, "one", TABLE, {})
+    assert json.loads((output / "figures/manifest.json").read_text())["one"]["commit"] == "not a checkout"
 
 
 def test_copies_are_framed_and_others_are_not():
@@ -47,46 +68,29 @@ def test_copies_are_framed_and_others_are_not():
     plt.close(figure)
 
 
-def test_slider_shows_the_picture_of_the_chosen_start_and_seed():
-    pictures = torch.rand(3, 2, 3, 8, 8)
-    widget = plotting.start_slider(pictures, [900, 500, 100], torch.zeros(3, 2, dtype=torch.bool))
-    (start, seed), picture = widget.children[0].children, widget.children[1]
-    seen = {bytes(picture.value)}
-    for i in range(3):
-        for k in range(2):
-            start.value, seed.value = i, k
-            seen.add(bytes(picture.value))
-    assert len(seen) == 6
-
-
-SHARES = pd.DataFrame({"start": [900, 500], "captured": [1.0, 0.2], "low": [0.9, 0.1], "high": [1.0, 0.4]})
+ROWS = pd.DataFrame({"t": [900, 500], "value": [1.0, 0.2], "low": [0.9, 0.1], "high": [1.0, 0.4]})
 GRID = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="xy"), -1).reshape(-1, 2)
-PATHS = {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}
-TIMES = torch.tensor([900, 600, 300])
-WIDTHS = pd.DataFrame({"t": [9, 5], "width": [float("inf"), 2], "low": 1.0, "high": 3.0}).assign(
-    absolute=lambda rows: rows["width"], absolute_low=0.5, absolute_high=4.0
-)
-POINTS = pd.DataFrame({"factor": ["a", "a", "b"], "level": [1, 2, 3], "point": 500.0, "low": 400.0, "high": 600.0})
+PLANE = {"points": GRID, "inside": GRID[:, 0].view(3, 3) > 1, "arrows": (GRID, GRID), "centres": GRID}
+PLANE |= {"paths": {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}, "attractor": torch.zeros(2)}
+METHODS = ROWS.assign(method=["CFG", "STP"], panel=["a", "b"])
+SETTINGS = pd.DataFrame({"method": ["CFG", "STP", "STP"], "setting": [0, 0, 1], "copied": 0.5, "object_right": 0.5})
+SETTINGS = SETTINGS.assign(copied_low=0.4, copied_high=0.6, object_right_low=0.4, object_right_high=0.6)
+POINTS = pd.DataFrame({"measured": [500.0, float("nan")], "dynamic": 300.0})
 
 
 @pytest.mark.parametrize(
     "draw, panels",
     [
-        (lambda: plotting.planes({"t = 0": {"free": GRID}, "t = 9": {"free": GRID}}, point=torch.zeros(2)), 2),
-        (lambda: plotting.arrows({"a": GRID, "b": -GRID, "c": GRID}, GRID, GRID), 3),
-        (lambda: plotting.basin_maps({900: GRID > 1, 300: GRID > 0}, 2.0, PATHS, TIMES, GRID), 2),
-        (lambda: plotting.funnel_section(GRID.new_ones(3, 5), torch.arange(5), [9, 6, 3], {}, TIMES), 1),
-        (lambda: plotting.capture_curve(SHARES.assign(name="new and right"), "name"), 1),
-        (lambda: plotting.shares_over(SHARES.assign(name="new and right"), "start", "start"), 1),
-        (lambda: plotting.widths(WIDTHS), 2),
-        (lambda: plotting.point_multiples(POINTS), 3),
+        (lambda: plotting.planes({"t = 0": PLANE, "t = 9": {"attractor": torch.zeros(2)}}, 2.0), 2),
+        (lambda: plotting.funnel_section(GRID.new_ones(3, 5), torch.arange(5), {}, [9, 6, 3]), 1),
+        (lambda: plotting.bands(ROWS.assign(name="captured", of="states"), "width", "of"), 1),
+        (lambda: plotting.over_start(ROWS.rename(columns={"t": "start"}).assign(name="new and right"), "name"), 1),
+        (lambda: plotting.dots(ROWS.assign(level=["x", "y"], of=["a", "b"]), "level", panel="of", ylabel="point"), 2),
+        (lambda: plotting.intervals(METHODS, "panel"), 2),
+        (lambda: plotting.intervals(METHODS.assign(rule="with CFG"), "panel", hue="rule"), 2),
+        (lambda: plotting.trade_offs(SETTINGS, ["STP"], "copied", "object_right"), 5),
         (lambda: plotting.point_errors(pd.DataFrame({"measured": [500.0], "dynamic": [400.0], "share": [0.6]})), 2),
-        (
-            lambda: plotting.magnitude_panels(
-                torch.ones(2, 3), TIMES, pd.DataFrame({"measured": [500, float("nan")], "dynamic": 300.0}), ["a", "b"]
-            ),
-            4,
-        ),
+        (lambda: plotting.magnitudes(torch.ones(2, 3), torch.tensor([900, 600, 300]), POINTS, ["a", "b"]), 4),
     ],
 )
 def test_each_figure_has_its_panels_and_can_be_written(draw, panels, tmp_path):
@@ -94,3 +98,35 @@ def test_each_figure_has_its_panels_and_can_be_written(draw, panels, tmp_path):
     assert len(figure.axes) == panels
     figure.savefig(tmp_path / "figure.pdf")
     plt.close(figure)
+
+
+def test_error_bars_reach_from_low_to_high():
+    assert plotting.errors(ROWS).tolist() == pytest.approx(np.array([[0.1, 0.1], [0.0, 0.2]]))
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MOVE = """<script>setTimeout(async () => {
+  const slider = document.querySelector("input[type=range]"), seen = new Set();
+  for (let k = 0; k < 3; k++) {
+    slider.value = k;
+    slider.dispatchEvent(new Event("input"));
+    await new Promise(done => setTimeout(done, 500));
+    seen.add([...document.querySelectorAll("image")].map(image => image.outerHTML).join());
+  }
+  document.title = seen.size + " pictures seen";
+}, 2000)</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="wants a Chromium")
+def test_the_picture_follows_the_slider_in_a_browser_without_a_network(tmp_path):
+    rows = [("a", 0, "no guidance", start, start > 500, torch.rand(3, 8, 8)) for start in (999, 599, 0)]
+    samples = pd.DataFrame(rows, columns=["prompt", "seed", "before", "start", "copied", "picture"])
+    curves = pd.DataFrame({"prompt": "a", "seed": 0, "before": "no guidance", "t": [999, 599], "magnitude": [1.0, 2.0]})
+    frame = plotting.explorer(samples, curves).data
+    page = html.unescape(re.search('srcdoc="(.*?)"', frame, re.DOTALL)[1])
+    (tmp_path / "page.html").write_text(page.replace("</body>", MOVE + "</body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --dump-dom".split()
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]
+    command = [CHROMIUM, *flags, (tmp_path / "page.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "3 pictures seen" in shown.stdout

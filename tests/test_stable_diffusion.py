@@ -84,14 +84,15 @@ def test_calls_of_the_observation_and_the_sweep(denoiser):
     assert run.guidance_magnitude.isfinite().all()
     states = projection.project(run.predicted, run.timesteps, neighbours=5)
     assert states.table()[["x", "y"]].notna().all(None)
-    attractors, ball = run.images(), basin.Ball(0.1, 0.0, {})
+    attractors, radius = run.images(), 0.1
     starts = [999, 599, 0]
     sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS)
-    table = basin.outcomes(sweep, attractors, Colours(), ball)
+    distances = Colours()(sweep.images().flatten(0, 1), attractors.repeat_interleave(len(starts), 0))
+    table = sweep.table().assign(distance=distances, copied=distances <= radius)
     assert table.query("start == 999")["distance"].tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert len(basin.transition_points(table)) == 4
     bisected, _ = basin.transition_points_by_bisection(
-        denoiser, PROMPTS, SEEDS, attractors, Colours(), ball, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS
+        denoiser, PROMPTS, SEEDS, attractors, Colours(), radius, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS
     )
     assert len(bisected) == 4
 

@@ -91,7 +91,22 @@ def test_quantile_interval_resamples_prompts():
     (float("nan"), float("nan"), "undecided", "undecided"),
 ])  # fmt: skip
 def test_a_verdict_is_of_the_whole_interval(low, high, at_least, at_most):
-    assert verdict(low, high, 0.5, "at least") == at_least
-    assert verdict(low, high, 0.5, "at most") == at_most
-    with pytest.raises(ValueError, match="kind is 'more'"):
-        verdict(low, high, 0.5, "more")
+    assert verdict(low, high, least=0.5) == at_least
+    assert verdict(low, high, most=0.5) == at_most
+
+
+@pytest.mark.parametrize("low, high, found", [(-1, 1, "yes"), (-3, 1, "undecided"), (3, 4, "no"), (-4, -3, "no")])
+def test_a_verdict_between_two_goals(low, high, found):
+    assert verdict(low, high, least=-2, most=2) == found
+
+
+def test_claims_carry_their_interval_goal_and_verdict():
+    claims = statistics.Claims()
+    claims.share("heads", [True] * 60 + [False] * 40, least=0.5)
+    claims.number("a length", 3.0, 2.5, 3.5, 7, least=1, most=3)
+    claims.number("told only", 1.0, 0.0, 2.0, 1)
+    table = claims.table().set_index("claim")
+    assert table["verdict"].tolist() == ["yes", "undecided", "reported"]
+    assert table["goal"].tolist() == ["at least 0.5", "at least 1, at most 3", ""]
+    expected = binomtest(60, 100).proportion_ci(method="wilson")
+    assert tuple(table.loc["heads", ["low", "high"]]) == pytest.approx((expected.low, expected.high))

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import basinlab
-from basinlab import metrics, scenarios
+from basinlab import basin, metrics, scenarios
 from basinlab.statistics import wilson_interval
 from recipe import evaluate, scorecard
 
@@ -67,14 +67,15 @@ def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, m
 
 
 def test_radius_and_layout_floor_are_those_of_the_evaluation(kept):
-    assert scorecard.ball_of(kept, MAIN).radius == MAIN.radius
+    negatives = scorecard.negatives_of(kept, MAIN, metrics.CopyDistance())
+    assert basin.calibrate_radius(negatives) == MAIN.radius
     assert scorecard.layout_floor(MAIN) == MAIN.layout_floor
 
 
 def test_the_scorecard_is_the_committed_one(kept, bundled):
     card = scorecard.scorecard(kept, bundled, scenarios.Judges(MAIN)).set_index("claim")
     committed = pd.read_csv(DATA.parent / "figures/01_scorecard.csv").set_index("claim")
-    assert card.index.equals(committed.index) and card["holds"].equals(committed["holds"])
+    assert card.index.equals(committed.index) and card["verdict"].equals(committed["verdict"])
     pd.testing.assert_series_equal(card["value"], committed["value"], rtol=0.02)
 
 
