@@ -77,6 +77,7 @@ def contenders(scale: float) -> dict[str, tuple[Strategy, ...]]:
     }
 
 
+OWN = ("STP", "DTP", "OG + STP", "OG + DTP")
 PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")
 
 
@@ -101,10 +102,11 @@ class Profile:
     ordinary_elsewhere: bool = False
     steps: int = 50
     iterations: int | None = None  # at most so many before the first step
+    few: bool = False  # one setting a method, two combinations, and elsewhere the paper's methods alone
 
 
 PROFILES = {
-    "tiny": Profile(2, 2, 2, (2, 1), steps=4, iterations=1),  # for tests
+    "tiny": Profile(3, 3, 2, (3, 1), steps=4, iterations=1, few=True),  # for tests
     "reader": Profile(6, 4, 2, (6, 1)),
     "paper": Profile(32, 16, 4, (16, 2), ordinary_elsewhere=True),
 }
@@ -286,14 +288,20 @@ def plan(
         if unknown := [name for name in only if name not in methods]:
             raise ValueError(f"no method {unknown}: give some of {sorted(methods)}")
         methods = {name: methods[name] for name in only or methods}
-        parts = groups(scenario, size)
-        wanted = [(group, rows, size.seeds, methods, "methods") for group, rows in parts.items()]
+        parts, paper = groups(scenario, size), {name: methods[name] for name in ("CFG", *OWN) if name in methods}
+        every = {
+            group: paper if size.few and not only and (scenario, group) != (MAIN, "memorized") else methods
+            for group in parts
+        }
+        wanted = [(group, rows, size.seeds, every[group], "methods") for group, rows in parts.items()]
         if scenario == MAIN and not only:
             few = ("memorized", _spread(parts["memorized"], size.extra[0]), size.extra[1])
-            wanted += [
-                (*few, at_most(_settings(contenders(scale)), size.iterations), "settings"),
-                (*few, combinations(methods), "combinations"),
-            ]
+            tried, pairs = _settings(contenders(scale)), combinations(methods)
+            if size.few:
+                best = chosen_settings(pd.read_csv(tuning_path()))
+                tried = {f"{m} #{i}": tried[f"{m} #{i}"] for m, i in best.items()}
+                pairs = {name: s for name, s in pairs.items() if name.startswith("GNI")}
+            wanted += [(*few, at_most(tried, size.iterations), "settings"), (*few, pairs, "combinations")]
         tasks += [Task(scenario, g, rows, range(seeds), tried, of, size.steps) for g, rows, seeds, tried, of in wanted]
     return tasks
 

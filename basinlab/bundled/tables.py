@@ -9,7 +9,7 @@ import torch
 
 from .. import metrics
 from ..basin import mean_interval, quantile_interval
-from .comparison import MAIN
+from .comparison import MAIN, OWN
 from .scorecard import real_scenes
 
 MEASURES = {  # name -> whether more of it is better, on memorized prompts
@@ -149,9 +149,6 @@ def export(rows: pd.DataFrame, path: str | Path) -> list[Path]:
     page.write_text("\n".join(f"## {name}\n\n{table.to_markdown()}\n" for name, table in parts.items()))
     paper.write_text("\n".join(table.to_latex(caption=name, escape=True) for name, table in parts.items()))
     return files
-
-
-OWN = ("STP", "DTP", "OG + STP", "OG + DTP")
 
 
 def claims(rows: pd.DataFrame) -> pd.DataFrame:
