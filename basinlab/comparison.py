@@ -328,6 +328,7 @@ def main() -> None:
     table = pd.concat([compare(scenario, options.profile, options.parts, device) for scenario in scenarios])
     if team.is_main_process:
         table.attrs["made_with"] = made_with(scenarios, options.profile)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(options.out, index=False)
         print(f"{len(table)} samples in {options.out}; parts in {options.parts}")
     team.destroy_process_group()

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ class Scenario:
             table = read_list(path, listed.get("format", "csv"))
         if self.references and group == "memorized":
             names = table.get("index", pd.Series(range(len(table))))
-            patterns = [self.references.format(index=name, row=row) for row, name in enumerate(names)]
+            patterns = [self.references.format(index=escape(str(name)), row=row) for row, name in enumerate(names)]
             found = [sorted(p for p in self.here.glob(q) if p.suffix.lower() in PICTURES) for q in patterns]
             table = table.assign(attractor=[[*map(str, f)] for f in found]).explode("attractor", ignore_index=True)
         return table

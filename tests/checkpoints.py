@@ -48,7 +48,7 @@ def text_encoder(words: CLIPTokenizer, kind: type):
 
 
 def save(generation: str, folder: Path) -> Path:
-    """Write a pipeline with pictures of 64 x 64 pixels from latents of 4 x 8 x 8, and the words of the bundled world."""
+    """Write a pipeline of pictures of 64 x 64 pixels, latents of 4 x 8 x 8, and the words of the bundled world."""
     torch.manual_seed(0)
     words = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

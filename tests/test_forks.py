@@ -20,6 +20,7 @@ from basinlab import (
 )
 from basinlab.forks import start_steps
 from basinlab.mitigations import EmbeddingNoise
+from basinlab.sampling import new_scheduler
 
 PROMPTS = ["a picture of a tomato", "dream second top hat found first"]
 SEEDS = [0, 7]
@@ -38,26 +39,23 @@ def timesteps(denoiser, steps=STEPS):
     return denoiser.timesteps(steps)
 
 
+def start_times(denoiser, scheduler):
+    return [int(t) for t in new_scheduler(denoiser, scheduler, STEPS).timesteps]
+
+
 def rows_seen(denoiser):
     """A list that fills with the rows of every network call, and the hook that fills it."""
     rows = []
     return rows, denoiser.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
-        "DDIMScheduler",
-        "EulerAncestralDiscreteScheduler",
-    ],
-)
+SOLVERS = "DPMSolverMultistep UniPCMultistep DEISMultistep DDIM EulerAncestralDiscrete"
+
+
+@pytest.mark.parametrize("scheduler", [f"{name}Scheduler" for name in SOLVERS.split()])
 @pytest.mark.parametrize("before", [0.0, -2.0])
 def test_every_fork_is_the_run_with_that_start(tiny, scheduler, before):
-    options = {"scheduler": scheduler}
-    times = [int(t) for t in sample(tiny, ConstantGuidance(1), **options).timesteps]
+    options, times = {"scheduler": scheduler}, start_times(tiny, scheduler)
     found = sweep(tiny, [*times, 0], before=ConstantGuidance(before), **options)
     assert found.starts == sorted({*times, 0}, reverse=True)  # 0 is never, or the last timestep where that is 0
     assert found.latents.shape == (4, len(found.starts), 4, 16, 16)

@@ -112,11 +112,11 @@ def test_capture_probability_is_the_basins_measure(plane):
     axis = np.linspace(-4, 4, 41)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     density = np.exp(-(grid**2).sum(1) / 2)
-    for start in (999, 500, 300, 140):
+    for start in (999, 300):
         states = flow(grid / np.sqrt(ALPHA_BARS[999]), noise_over_signal(999), noise_over_signal(start), 0.0)
         inside = captured(flow(states, noise_over_signal(start), 1e-3, SCALE))
         expected = (density * inside).sum() / density.sum()
-        options = {"steps": 100, "batch_size": 2000, "progress": False}
+        options = {"steps": 100, "batch_size": 2000, "record": False, "progress": False}
         guidance = StaticTransitionPoint(start, SCALE)
         run = basinlab.sample(plane, "memorized", range(2000), guidance, **options)
         table = run.table().assign(copied=PlaneDistance()(run.images(), plane.duplicate) <= RADIUS)
@@ -160,10 +160,10 @@ def test_transition_points_are_those_of_the_flow(exact):
 
 
 def test_funnel_width_is_that_of_the_basin(exact):
-    run = basinlab.sample(exact, "memorized", range(60), ConstantGuidance(SCALE), steps=100, progress=False)
+    run = basinlab.sample(exact, "memorized", range(40), ConstantGuidance(SCALE), steps=100, progress=False)
     run = run[np.flatnonzero(captured(run.images().flatten(1).numpy()))]
-    times = run.timesteps[[40, 70, 85]].tolist()
-    radii = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    times = run.timesteps[[40, 85]].tolist()
+    radii = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
     attractors = exact.duplicate.expand(len(run), 2, 1, 1)
     guidance = ConstantGuidance(SCALE)
     table = basin.escapes(run, attractors, PlaneDistance(), RADIUS, times, radii, guidance, progress=False)

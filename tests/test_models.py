@@ -89,7 +89,7 @@ def test_weights_that_cannot_be_read_name_the_folder(tmp_path, tiny_folder, weig
     else:
         path.rename(path.with_suffix(".bin"))
     also = "is not read" if what == "a pickle" else ""
-    with pytest.raises(OSError, match=f"(?s)file in {folder} is missing, truncated or corrupt.*{also}.*fetch or save it"):
+    with pytest.raises(OSError, match=f"(?s){folder} is missing, truncated or corrupt.*{also}.*fetch or save it"):
         basinlab.load(folder)
 
 
@@ -133,7 +133,8 @@ def test_noise_schedules_that_would_be_misread_are_refused(tmp_path, tiny_folder
 
 
 def test_zero_terminal_snr_with_v_is_taken_over(tmp_path, tiny_folder):
-    folder = with_scheduler(shutil.copytree(tiny_folder, tmp_path / "world"), "DDIMScheduler", rescale_betas_zero_snr=True)
+    folder = shutil.copytree(tiny_folder, tmp_path / "world")
+    with_scheduler(folder, "DDIMScheduler", rescale_betas_zero_snr=True)
     denoiser = basinlab.load(folder)
     own = DDIMScheduler.from_pretrained(folder / "scheduler")
     torch.testing.assert_close(denoiser.scheduler.alphas_cumprod, own.alphas_cumprod, atol=1e-6, rtol=0)

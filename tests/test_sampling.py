@@ -70,7 +70,8 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
     theirs = pipeline(prompts, generator=generators, **options).images
     ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=scheduler)
-    assert ours.prompts == prompts and ours.seeds == seeds
+    assert ours.prompts == prompts and ours.seeds == seeds and len(ours) == 4
+    assert ours.latents.shape == (4, STEPS + 1, 4, 16, 16) and ours.predicted.shape == (4, STEPS, 4, 16, 16)
     assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
     close(ours.latents[:, -1], theirs)
 
@@ -148,11 +149,6 @@ def test_network_calls_of_a_delayed_run(tiny, start):
     assert run.network_calls.tolist() == [expected] * 6
 
 
-@pytest.mark.parametrize("scale, passes", [(0, 1), (1, 1), (7.5, 2)])
-def test_network_calls_of_a_constant_scale(tiny, scale, passes):
-    assert sample(tiny, mitigations=ConstantGuidance(scale)).network_calls.tolist() == [passes * STEPS] * 6
-
-
 def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
     rows = []
     hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
@@ -210,9 +206,11 @@ def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
     assert measured.network_calls.tolist() == [2 * STEPS] * 6
 
 
-@pytest.mark.parametrize("scale", [0, 1])
-def test_magnitude_is_unknown_where_one_prediction_was_made(tiny, scale):
-    assert sample(tiny, mitigations=ConstantGuidance(scale)).guidance_magnitude.isnan().all()
+@pytest.mark.parametrize("scale, passes", [(0, 1), (1, 1), (7.5, 2)])
+def test_calls_and_magnitude_of_a_constant_scale(tiny, scale, passes):
+    run = sample(tiny, mitigations=ConstantGuidance(scale))
+    assert run.network_calls.tolist() == [passes * STEPS] * 6
+    assert run.guidance_magnitude.isnan().all() == (passes == 1)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -292,14 +290,6 @@ def test_without_record_only_the_last_latents_are_kept(tiny, cfg):
         light.predicted_images([0])
 
 
-def test_shapes_and_order_of_a_trajectory(cfg):
-    assert len(cfg) == 6
-    assert cfg.prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3 and cfg.seeds == SEEDS * 2
-    assert cfg.latents.shape == (6, STEPS + 1, 4, 16, 16) and cfg.predicted.shape == (6, STEPS, 4, 16, 16)
-    assert cfg.guidance_magnitude.shape == (6, STEPS)
-    assert (cfg.timesteps.diff() < 0).all()
-
-
 def test_rows_and_prompts_are_picked_out_whole(cfg):
     picked = cfg[[4, 0]]
     assert (picked.prompts, picked.seeds) == (PROMPTS[::-1], [1, 0])
@@ -314,15 +304,6 @@ def test_pictures_are_the_decoded_latents(tiny, cfg):
     steps = [0, STEPS - 1]
     expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in steps], dim=1)
     close(cfg.predicted_images(steps), expected)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_any_number_of_steps_within_the_schedule(tiny, steps):
-    if steps == 1000:  # long: see that it is let through, not how it ends
-        with pytest.raises(FloatingPointError, match="step 0"):
-            sample(poisoned(tiny, "tomato"), PROMPTS[0], 0, steps=steps)
-    else:
-        assert sample(tiny, PROMPTS[0], 0, steps=steps).latents.isfinite().all()
 
 
 @pytest.mark.parametrize("prompts, seeds, message", [
@@ -374,6 +355,7 @@ def test_a_mitigation_alone_and_lists_of_any_order_are_the_same(tiny):
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_steps_outside_the_schedule_name_the_range(tiny, steps):
+    assert sample(tiny, PROMPTS[0], 0, steps=1).latents.isfinite().all()
     with pytest.raises(ValueError, match=f"steps is {steps}: give 1 to 1000"):
         sample(tiny, steps=steps)
 

@@ -29,7 +29,7 @@ LEAST = {
 
 def written(folder, **changed):
     path = folder / "own.yaml"
-    path.write_text(yaml.safe_dump({**LEAST, **changed}))
+    path.write_text(yaml.safe_dump({**LEAST, **changed}, sort_keys=False))
     return scenarios.read(path)
 
 
@@ -75,11 +75,12 @@ def test_what_is_missing_says_where_it_is(tmp_path):
 
 
 def test_references_are_found_by_the_index_or_the_row_of_a_prompt(tmp_path):
-    names = ("a/2.png", "a/1.png", "a/notes.txt", "b/3.JPG", "00000/000000001.jpg", "00000/000000001.json")
+    names = ("a/2.png", "a/1.png", "a/notes.txt", "[b]/3.JPG", "00000/000000001.jpg", "00000/000000001.json")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    table = written(tmp_path, references="{index}/*").table()
+    prompts = {"memorized": {"texts": {"a": "an owl", "[b]": "a tomato"}}}
+    table = written(tmp_path, references="{index}/*", prompts=prompts).table()
     assert table["prompt"].tolist() == ["an owl", "an owl", "a tomato"]
     assert [Path(path).name for path in table["attractor"]] == ["1.png", "2.png", "3.JPG"]
     table = written(tmp_path, references="00000/00000{row:04d}.*").table()

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, Stab
 from huggingface_hub import constants
 
 import basinlab
-from basinlab import basin, guidance, mitigations, projection
+from basinlab import basin, guidance, mitigations
 
 PROMPTS, SEEDS = ["an owl", "true pretzel sun"], [0, 1]
 OPTIONS = {"steps": 5, "progress": False}
@@ -82,8 +82,6 @@ def test_calls_of_the_observation_and_the_sweep(denoiser):
     assert run.predicted_images([0, 4]).shape == (4, 2, 3, 64, 64)
     assert len(basin.dispersion({"cfg": run.of(PROMPTS[0])})) == 5
     assert run.guidance_magnitude.isfinite().all()
-    states = projection.project(run.predicted, run.timesteps, neighbours=5)
-    assert states.table()[["x", "y"]].notna().all(None)
     attractors, radius = run.images(), 0.1
     starts = [999, 599, 0]
     sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS)
