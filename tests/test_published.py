@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import basinlab
-from basinlab import basin, experiment, perturbation
+from basinlab import basin, experiment
+from basinlab import mitigations as perturbation
 from basinlab.published import comparison, scenarios, stand_in
 
 PROMPTS, SEEDS = ["an owl", "a tomato"], [0, 1, 2]
