@@ -189,16 +189,7 @@ def membership(
 
 
 def escapes(
-    run: Trajectory,
-    attractors: Tensor,
-    distance,
-    radius: float,
-    timesteps: Sequence[int],
-    pushes: Sequence[float],
-    guidance=None,
-    *,
-    seed: int = 0,
-    **options,
+    run: Trajectory, attractors, distance, radius: float, timesteps, pushes, guidance=None, *, seed: int = 0, **options
 ) -> pd.DataFrame:
     """Push captured trajectories off their way and see which still end in the ball.
 
@@ -208,8 +199,8 @@ def escapes(
     Args:
         run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
         attractors: [B, 3, height, width].
-        pushes: r; the same direction for all r of a state.
-        options: of `sampling.sample_from`.
+        timesteps, pushes: all t and all r; the direction is the same for all r of a state.
+        seed: of the directions. options: of `sampling.sample_from`.
 
     Returns one row a push: prompt, seed, t, noise (the state's share of it), push, escaped.
     """

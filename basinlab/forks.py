@@ -99,8 +99,8 @@ def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps
 class _Forks:
     """The samples of one sweep or bisection, in blocks. The options are those of `sweep`."""
 
-    def __init__(self, denoiser, prompts, seeds, starts, *, before=None, after=None, steps=50, scheduler=None,
-                 batch_size=32, measure=False, folder=None, progress=True):
+    def __init__(self, denoiser, prompts, seeds, starts, before=None, after=None, steps=50, scheduler=None,
+                 batch_size=32, measure=False, folder=None, progress=True):  # fmt: skip
         self.denoiser, self.steps, self.scheduler, self.measure = denoiser, steps, scheduler, measure
         self.pairs, self.batch_size, self.folder = every_pair(prompts, seeds), batch_size, folder
         self.before, self.after = only_guidance(before or ConstantGuidance(0.0)), only_guidance(after)
@@ -178,9 +178,8 @@ def sweep(
 
     Args:
         starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
-        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5. ``after`` may not
-            remember steps, as a dynamic transition point does.
-        batch_size: forks that go through the network together; bounds memory, not results.
+        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5, which may not remember
+            steps, as a dynamic transition point does.
         measure: make both predictions before the start, so that the guidance magnitude is known.
         folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
 
@@ -189,9 +188,8 @@ def sweep(
     >>> sweep(world, "memorized", [0], progress=False).starts
     [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
     """
-    rest = {"batch_size": batch_size, "measure": measure, "folder": folder, "progress": progress}
-    options = {"before": before, "after": after, "steps": steps, "scheduler": scheduler, **rest}
-    forks = _Forks(denoiser, prompts, seeds, starts, **options)
+    options = (before, after, steps, scheduler, batch_size, measure, folder, progress)
+    forks = _Forks(denoiser, prompts, seeds, starts, *options)
     calls = sum(forks.calls[step] for step in forks.first_steps)
 
     def block(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -201,30 +199,20 @@ def sweep(
         return {"latents": latents.unflatten(0, shape), "magnitude": magnitude, "calls": made + calls}
 
     prompts, seeds, found = forks.results("sweep", block)
-    one_by_one = network_calls(forks.before, forks.timesteps)
-    apart = torch.full_like(found["calls"], sum(sum(one_by_one[:step]) for step in forks.first_steps) + calls)
-    results = (found["latents"], found["magnitude"], found["calls"], apart)
-    return Sweep(prompts, seeds, list(forks.starts), forks.timesteps, *results, denoiser)
+    first = network_calls(forks.before, forks.timesteps)
+    apart = torch.full_like(found["calls"], sum(sum(first[:step]) for step in forks.first_steps) + calls)
+    results = (forks.timesteps, found["latents"], found["magnitude"], found["calls"], apart)
+    return Sweep(prompts, seeds, list(forks.starts), *results, denoiser)
 
 
 def bisect(
-    denoiser: Denoiser,
-    prompts: str | Sequence[str],
-    seeds: int | Sequence[int],
-    captured: Callable[[Tensor, list[int]], Tensor],
-    starts: Sequence[int] | None = None,
-    *,
-    judged_by: str = "",
-    **options,
+    denoiser: Denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_by: str = "", **options
 ) -> Bisection:
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
-    Right wherever the outcome is monotone in the start, as `sweep` would show it. ``options`` are those of `sweep`.
-
-    Args:
-        captured: of pictures [N, 3, height, width] and the samples that they are of (N indices, prompt-major), tells
-            which are captured, [N] bool.
-        judged_by: what ``captured`` decides by, in words; needed with ``folder``, whose files depend on it.
+    Right wherever the outcome is monotone in the start, as `sweep` would show it. ``captured(pictures, samples)`` tells
+    which of pictures [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by``
+    says what it decides by, in words; needed with ``folder``, whose files depend on it. Options are those of `sweep`.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
