@@ -39,39 +39,27 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "guidance over time": (_PALETTE[1], ("interval", "schedule")),
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
 }
-COLOURS = {
-    "memorized, CFG": _PALETTE[3],
-    "memorized, CFG late": _PALETTE[1],
-    "memorized, no CFG": _PALETTE[0],
-    "ordinary, CFG": _PALETTE[2],
-    "ordinary, no CFG": _PALETTE[4],
-    "unseen scene": _PALETTE[5],
-    "other artist's scene": _PALETTE[8],
-    "captured": _PALETTE[3],
-    "free": _PALETTE[0],
-    "copied": _PALETTE[3],
-    "object right": _PALETTE[2],
-    "new and right": _PALETTE[0],
-    "no guidance before": _PALETTE[0],
-    "opposite guidance before": _PALETTE[1],
-    "with CFG": _PALETTE[7],
-    "with DTP": _PALETTE[1],
-    "with OG + DTP": _PALETTE[3],
-    "measured": "black",
-    "static": _PALETTE[2],
-    "dynamic": _PALETTE[1],
-    0.6: _PALETTE[9],
-    0.8: _PALETTE[0],
-    0.95: _PALETTE[4],
-} | {name: colour for colour, names in _FAMILIES.values() for name in names}
+_NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 are shares of duplicates
+    0: ("memorized, no CFG", "free", "new and right", "no guidance before", 0.8),
+    1: ("memorized, CFG late", "opposite guidance before", "dynamic", "with DTP"),
+    2: ("ordinary, CFG", "object right", "static"),
+    3: ("memorized, CFG", "captured", "copied", "with OG + DTP"),
+    4: ("ordinary, no CFG", 0.95),
+    5: ("unseen scene",),
+    7: ("with CFG",),
+    8: ("other artist's scene",),
+    9: (0.6,),
+}
+COLOURS = {name: _PALETTE[i] for i, names in _NAMED.items() for name in names} | {"measured": "black"}
+COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
 VERSIONS = ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")
 
 
 def use_theme() -> None:
     """Set the collection's look; call it once at the top of a notebook."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    spines = {"axes.spines.top": False, "axes.spines.right": False}
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "pdf.fonttype": 42, "legend.frameon": False, **spines})
+    looks = {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "pdf.fonttype": 42, "legend.frameon": False, **looks})
 
 
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
@@ -98,23 +86,17 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
 
 def _circumstances() -> dict:
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        commit = "not a checkout"
+        git = "not a checkout"
     versions = {package: version(package) for package in VERSIONS}
-    return {"versions": versions, "commit": commit, "date": datetime.now(UTC).date().isoformat()}
+    return {"versions": versions, "commit": git.strip(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def picture_grid(
-    pictures: Tensor,
-    rows: Sequence[str],
-    columns: Sequence[str] = (),
-    framed: Tensor | None = None,
-    left: Tensor | None = None,
-    left_title: str = "training\npicture",
+    pictures: Tensor, rows: Sequence[str], columns=(), framed=None, left=None, left_title: str = "training\npicture"
 ) -> Figure:
-    """Pictures [R, N, 3, h, w] with a label for each row; a frame marks copies, ``framed`` [R, N].
+    """Pictures [R, N, 3, h, w], with labels of rows and columns; a frame marks copies, ``framed`` [R, N] bool.
 
     ``left`` [R, 3, h, w] puts a reference, the attractor, before each row.
     """
@@ -133,7 +115,6 @@ def picture_grid(
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], [left_title] * offset + list(columns), strict=False):
         axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
     return figure
 
 
@@ -155,7 +136,6 @@ def funnel(projections: Mapping[str, "Projection"]) -> Figure:  # noqa: F821
         axis.view_init(elev=14, azim=-60)
         axis.set_box_aspect((1, 1, 1.25), zoom=1.05)
     figure.suptitle(f"sampling runs downwards in time, projected by {next(iter(projections.values())).method}", y=0.98)
-    figure.tight_layout()
     return figure
 
 
@@ -188,7 +168,6 @@ def bands(table: pd.DataFrame, ylabel: str, panel: str | None = None) -> Figure:
         axis.set(xlabel="timestep t", xlim=(1000, 0), ylim=(0, 1.05 * table["high"].max()), title=title)
     panels[0][1].set_ylabel(ylabel)
     panels[0][1].legend()
-    figure.tight_layout()
     return figure
 
 
@@ -210,7 +189,6 @@ def dots(
             axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
     if hue is not None:
         panels[-1][1].legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     return figure
 
 
@@ -235,18 +213,15 @@ def intervals(table: pd.DataFrame, panel: str, hue: str | None = None, **axes) -
             axis.axvline(value, color="black", linestyle=":", linewidth=0.8)
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names, **axes)
     panels[0][1].invert_yaxis()
-    if hue is None:
-        _legend(figure, {family: colour for family, (colour, _) in _FAMILIES.items()}, "lower")
-    else:
-        _legend(figure, {of: COLOURS[of] for of in hues}, "upper")
-    figure.tight_layout(rect=(0, 0.05, 1, 1 if hue is None else 0.93))
+    _legend(figure, None if hue is None else {of: COLOURS[of] for of in hues})
     return figure
 
 
-def _legend(figure: Figure, colours: Mapping, where: str) -> None:
-    """A line above or under ``figure`` that names its colours."""
+def _legend(figure: Figure, colours: Mapping | None = None) -> None:
+    """A line under ``figure`` that names its colours, by default those of the families of methods."""
+    colours = colours or {family: colour for family, (colour, _) in _FAMILIES.items()}
     marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours.values()]
-    figure.legend(marks, colours, loc=f"outside {where} center", ncols=len(marks), handletextpad=0.2, fontsize=10)
+    figure.legend(marks, colours, loc="outside lower center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
 def trade_offs(settings: pd.DataFrame, panels: Sequence[str], across: str, upwards: str) -> Figure:
@@ -267,10 +242,9 @@ def trade_offs(settings: pd.DataFrame, panels: Sequence[str], across: str, upwar
         axis.errorbar(part[across], part[upwards], high, wide, "o-", color=COLOURS[name], elinewidth=0.7)
         axis.plot(cfg[across], cfg[upwards], "x", color="black", markersize=8)
         axis.set_title(name, fontsize=10)
-    figure.supxlabel(f"share {across.replace('_', ' ')}", fontsize=11, y=0.04)
+    figure.supxlabel(f"share {across.replace('_', ' ')}", fontsize=11)
     figure.supylabel(f"share {upwards.replace('_', ' ')}", fontsize=11)
-    _legend(figure, {family: colour for family, (colour, _) in _FAMILIES.items()}, "lower")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    _legend(figure)
     return figure
 
 
@@ -280,7 +254,6 @@ def heat_map(table: pd.DataFrame, label: str) -> Figure:
     sns.heatmap(table, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", ax=axis, cbar_kws={"label": label})
     axis.set(xlabel="", ylabel="")
     axis.tick_params(rotation=0)
-    figure.tight_layout()
     return figure
 
 
@@ -298,7 +271,6 @@ def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataF
     right.plot(none, curve.loc[curve["radius"] <= radius, "true_positive"].max(), "o", color="black", label="the ball")
     right.set(xscale="log", xlabel="false-positive rate (left end: none)", ylabel="true-positive rate", ylim=(0, 1.03))
     right.legend(loc="lower right")
-    figure.tight_layout()
     return figure
 
 
@@ -316,30 +288,22 @@ def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: 
             axis.axvline(point, color=COLOURS[name], linestyle=styles[name], label=name)
         axis.set_title(title, fontsize=8)
         axis.set(xlim=(1000, 0))
-    figure.supxlabel("timestep t", fontsize=11, y=0.06)
+    figure.supxlabel("timestep t", fontsize=11)
     figure.supylabel(r"$\|\epsilon_c-\epsilon_u\|_2$", fontsize=11)
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 
 def point_errors(table: pd.DataFrame) -> Figure:
-    """Dynamic against measured transition points, and the error's distribution: columns measured, dynamic, share."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
-    found = table.dropna()
-    for share, part in found.groupby("share"):
-        left.scatter(part["measured"], part["dynamic"], s=22, color=COLOURS[share], label=share)
-    left.plot([0, 1000], [0, 1000], color="gray", linewidth=1)
-    left.set(xlabel="measured point t", ylabel="dynamic point t", xlim=(1000, 0), ylim=(1000, 0))
-    left.set_title("above the line: too late", fontsize=11)
-    left.legend(title="duplicate's share")
-    error = found["dynamic"] - found["measured"]
-    right.hist(error, np.arange(-1000, 1001, 50), color=COLOURS["dynamic"])
-    right.axvline(error.median(), color="black", linestyle="--", label=f"median {error.median():+.0f}")
-    right.set(xlabel="dynamic minus measured (right: too early)", ylabel="samples")
-    right.legend()
-    figure.tight_layout()
+    """Dynamic against measured transition points: columns measured, dynamic, share."""
+    figure, axis = plt.subplots(figsize=(6.6, 4.2))
+    for share, part in table.dropna().groupby("share"):
+        axis.scatter(part["measured"], part["dynamic"], s=22, color=COLOURS[share], label=share)
+    axis.plot([0, 1000], [0, 1000], color="gray", linewidth=1)
+    axis.set(xlabel="measured point t", ylabel="dynamic point t", xlim=(1000, 0), ylim=(1000, 0))
+    axis.set_title("above the line: too late", fontsize=11)
+    axis.legend(title="duplicate's share", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -374,7 +338,6 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     if "paths" in panel:
         axes[0, 0].legend(loc="upper left", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
@@ -388,7 +351,6 @@ def funnel_section(inside: Tensor, places: Tensor, paths: Mapping[str, Tensor], 
         lines[0].set_label(name)
     axis.set(xlabel="timestep t", ylabel="place along the line", xlim=(1000, 0), ylim=(places.min(), places.max()))
     axis.legend(title="shaded: the basin", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     return figure
 
 
