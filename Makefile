@@ -19,9 +19,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
-	@echo "make figures  run the notebooks, write figures/   (17 minutes in all on 2 cores; it says how long)"
-	@echo "              in the place of the committed ones: git checkout -- notebooks figures brings those back"
-	@echo "              PROFILE=paper takes as many samples as the committed figures (it resumes)"
+	@echo "make figures  run the notebooks in a reader's size, into build/reader (it says how long)"
+	@echo "              PROFILE=paper takes as many samples as the committed figures and replaces those (it resumes)"
 	@echo "make test     lint, then the tests                (some minutes)"
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it; LAB_OPTIONS=--no-browser and the like)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
@@ -53,7 +52,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 figures: $(INSTALLED)
-	@echo "figures: running the notebooks in order; what they write replaces the committed notebooks and figures"
+	@echo "figures: running the notebooks in order, profile $(PROFILE)"
 	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py
 
 test: lint

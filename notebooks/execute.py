@@ -7,8 +7,8 @@
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
-Metadata that differs from run to run (times, paths, widget ids) is dropped or made regular, so
-that a second run gives a small diff. Kept is ``basinlab.seconds``, how long the notebook took in
+Metadata that differs from run to run (times, paths) is dropped or made regular, so that a second run gives a
+small diff. Kept is ``basinlab.seconds``, how long the notebook took in
 each profile: the next run estimates from it. What a cell's metadata says of its pictures in words
 (``mystnb.image.alt``, which the pages read) is written to the pictures too, where Jupyter and nbconvert
 look for it.
@@ -27,7 +27,6 @@ from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).resolve().parent
-WIDGETS = "application/vnd.jupyter.widget-state+json"
 PICTURE = "image/png"
 STYLED = re.compile(r"(?<!\w)T_[0-9a-f]{5}(?![0-9a-zA-Z])")
 KERNEL = "python3"
@@ -64,19 +63,14 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
                     output.metadata.setdefault(PICTURE, {}).update(words)
     text = nbformat.writes(notebook)
     text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", text)  # where an object lay
-    # styled tables and widgets come with random ids; numbered in order, they are the same every time
+    # styled tables come with random ids; numbered in order, they are the same every time
     tables = {name: f"T_{number:05x}" for number, name in enumerate(dict.fromkeys(STYLED.findall(text)))}
-    text = STYLED.sub(lambda match: tables[match[0]], text)
-    widgets = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
-    if numbers := {name: f"{number:032x}" for number, name in enumerate(widgets)}:
-        text = re.sub("|".join(numbers), lambda match: numbers[match[0]], text)
-        text = nbformat.writes(nbformat.reads(text, as_version=4))  # sorted by the new ids
-    return text + "\n"
+    return STYLED.sub(lambda match: tables[match[0]], text) + "\n"
 
 
 def execute(source: nbformat.NotebookNode, target: Path) -> float:
     """Run ``source`` from top to bottom in the folder of ``target``, write it there; the seconds it took."""
-    source.metadata.pop("widgets", None)  # else last run's widgets pile up when a notebook has none any more
+    source.metadata.pop("widgets", None)  # of older editions
     start, cwd = time.monotonic(), target.resolve().parent
     executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=cwd, progress_bar=False, extra_arguments=QUIET)
     seconds = time.monotonic() - start
