@@ -30,7 +30,7 @@ def test_every_committed_picture_is_told_in_words(notebook):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_runs_and_writes_its_figures(notebook, tmp_path):
-    command = [sys.executable, str(ROOT / "notebooks/execute.py"), notebook, "--out", str(tmp_path / "notebooks")]
+    command = [sys.executable, str(ROOT / "notebooks/execute.py"), notebook, "--out", str(tmp_path)]
     done = subprocess.run(
         command,
         capture_output=True,
