@@ -7,11 +7,10 @@
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
-Metadata that differs from run to run (times, paths) is dropped or made regular, so that a second run gives a
-small diff. Kept is ``basinlab.seconds``, how long the notebook took in
-each profile: the next run estimates from it. What a cell's metadata says of its pictures in words
-(``mystnb.image.alt``, which the pages read) is written to the pictures too, where Jupyter and nbconvert
-look for it.
+Metadata that differs from run to run (times, paths) is dropped or made regular, so that a second run gives a small
+diff. Kept is how long the notebook took in a profile and how fast the machine was: the next run estimates from both.
+What a cell's metadata says of its pictures in words (``mystnb.image.alt``, which the pages read) is written to the
+pictures too, where Jupyter and nbconvert look for it.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import torch
 from nbclient.exceptions import DeadKernelError
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
@@ -39,16 +39,29 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def seconds_last_time(notebook: nbformat.NotebookNode) -> int | None:
-    """What the last run in this profile left in the metadata."""
-    return notebook.metadata.get("basinlab", {}).get("seconds", {}).get(PROFILE)
+def pace_of_this_machine() -> float:
+    """Seconds for a fixed piece of work of the notebooks' kind: machines differ by four times."""
+    convolution, states = torch.nn.Conv2d(96, 96, 3, padding=1), torch.randn(64, 96, 16, 16)
+    with torch.inference_mode():
+        convolution(states)
+        start = time.monotonic()
+        for _ in range(30):
+            convolution(states)
+    return time.monotonic() - start
 
 
-def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
+def seconds_expected(notebook: nbformat.NotebookNode, pace: float) -> int | None:
+    """The seconds of the last run in this profile, as its metadata has them, at the ``pace`` of this machine."""
+    last = notebook.metadata.get("basinlab", {}).get(PROFILE)
+    return last and round(last["seconds"] * pace / last["pace"])
+
+
+def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
     """The executed notebook as text, without what differs between equal runs."""
-    before = seconds_last_time(notebook)
+    before = seconds_expected(notebook, pace)
     if before is None or abs(seconds - before) > max(2, before / 4):  # noise in timing is no news
-        notebook.metadata.setdefault("basinlab", {}).setdefault("seconds", {})[PROFILE] = round(seconds)
+        notebook.metadata.setdefault("basinlab", {}).pop("seconds", None)
+        notebook.metadata["basinlab"][PROFILE] = {"seconds": round(seconds), "pace": round(pace, 3)}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": KERNEL}
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
@@ -68,14 +81,14 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float) -> str:
     return STYLED.sub(lambda match: tables[match[0]], text) + "\n"
 
 
-def execute(source: nbformat.NotebookNode, target: Path) -> float:
+def execute(source: nbformat.NotebookNode, target: Path, pace: float) -> float:
     """Run ``source`` from top to bottom in the folder of ``target``, write it there; the seconds it took."""
     source.metadata.pop("widgets", None)  # of older editions
     start, cwd = time.monotonic(), target.resolve().parent
     executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=cwd, progress_bar=False, extra_arguments=QUIET)
     seconds = time.monotonic() - start
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(tidy(executed, seconds), encoding="utf-8")
+    partial.write_text(tidy(executed, seconds, pace), encoding="utf-8")
     os.replace(partial, target)
     return seconds
 
@@ -93,15 +106,17 @@ def main() -> None:
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ["BASINLAB_OUT"] = str(out)  # the kernels write figures there
     sources = [nbformat.read(path, as_version=4) for path in paths]
-    ahead = [seconds_last_time(source) for source in sources]
+    pace = pace_of_this_machine()
+    ahead = [seconds_expected(source, pace) for source in sources]
     if None not in ahead:
-        print(f"{len(paths)} notebooks, about {clock(sum(ahead))} minutes in all (profile {PROFILE})", flush=True)
+        expected = f"about {clock(sum(ahead))} minutes on this machine"
+        print(f"{len(paths)} notebooks, {expected} (profile {PROFILE})", flush=True)
     begin = time.monotonic()
     for number, (path, source) in enumerate(zip(paths, sources, strict=True), start=1):
-        last = "not timed yet" if ahead[number - 1] is None else f"{clock(ahead[number - 1])} last time"
+        last = "not timed yet" if ahead[number - 1] is None else f"about {clock(ahead[number - 1])}"
         print(f"[{number}/{len(paths)}] {path.name} ({last})", end=" ... ", flush=True)
         try:
-            seconds = execute(source, out / "notebooks" / path.name)
+            seconds = execute(source, out / "notebooks" / path.name, pace)
         except PapermillExecutionError as error:
             print(f"failed\n{error}", flush=True)  # the traceback
             sys.exit(f"{path.name}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}\n{path} is as it was")
