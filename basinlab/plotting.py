@@ -291,7 +291,7 @@ def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: 
     figure.supxlabel("timestep t", fontsize=11)
     figure.supylabel(r"$\|\epsilon_c-\epsilon_u\|_2$", fontsize=11)
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -337,7 +337,7 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
         axis.plot(*panel["attractor"], marker="x", color="black", markersize=8, markeredgewidth=2, linestyle="")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     if "paths" in panel:
-        axes[0, 0].legend(loc="upper left", fontsize=9)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
