@@ -1,8 +1,7 @@
 """basinlab: classifier-free guidance inside the attraction basin, step by step.
 
-A reproduction of Jain et al., "Classifier-Free Guidance inside the Attraction Basin May
-Cause Memorization", CVPR 2025 (arXiv 2411.16738). Data flows one way: a name gives a
-``Denoiser``; prompts, seeds and a guidance give a ``Trajectory``; metrics and plots read it.
+A reproduction of Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", CVPR 2025
+(arXiv 2411.16738). A name gives a `Denoiser`; prompts, seeds and mitigations give a `Trajectory`.
 
     denoiser = basinlab.load("emoji-duplicated")
     run = basinlab.sample(denoiser, prompts, seeds, basinlab.ConstantGuidance(7.5))
@@ -16,22 +15,15 @@ from ._torchvision import ensure_importable
 ensure_importable()
 
 _HOMES = {
-    "models": ("Denoiser", "load", "read_pictures", "data_folder"),
-    "mixture": ("MixtureDenoiser", "PlaneDistance"),
-    "guidance": (
-        "ConstantGuidance",
-        "StaticTransitionPoint",
-        "DynamicTransitionPoint",
-        "OppositeGuidance",
-        "GuidanceInterval",
-        "ScheduledGuidance",
-    ),
-    "sampling": ("Mitigation", "Trajectory", "sample", "sample_from"),
-    "forks": ("Sweep", "sweep", "bisect"),
+    "models": "Denoiser load read_pictures data_folder",
+    "mixture": "MixtureDenoiser PlaneDistance",
+    "guidance": "ConstantGuidance StaticTransitionPoint DynamicTransitionPoint OppositeGuidance GuidanceInterval "
+    "ScheduledGuidance",
+    "sampling": "Mitigation Trajectory sample sample_from",
+    "forks": "Sweep sweep bisect",
 }
-_WHERE = {name: module for module, names in _HOMES.items() for name in names}
-_FURTHER = ("basin", "mitigations", "metrics", "statistics", "store", "projection", "plotting")
-_FURTHER += ("scenarios", "comparison")
+_WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
+_FURTHER = "basin mitigations metrics statistics store projection plotting scenarios comparison".split()
 _MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 

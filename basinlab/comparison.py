@@ -1,8 +1,7 @@
 """Every mitigation on the same prompts, the same noise and the same judges, in any scenario.
 
-A *method* is a name in a table and its *settings*; a setting is a list of mitigations that ends in a guidance, as
-`sampling.sample` takes it. `methods` names them all, `run_grid` samples prompt x seed x method, `summary` gives one row
-a method and measure, with intervals.
+A *method* is a name in a table and its *settings*. A setting is a list of mitigations that ends in a guidance, as
+`sampling.sample` takes it.
 
     python -m basinlab.comparison --profile paper        # or under accelerate launch, with several processes
     python -m basinlab.comparison sd14-webster --device cuda --out webster.parquet
@@ -42,15 +41,14 @@ PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, p
     "reader": {"main": 6, "elsewhere": 4, "seeds": 2, "further": (6, 1), "steps": 50},
     "paper": {"main": 32, "elsewhere": 16, "seeds": 4, "further": (16, 2), "steps": 50},
 }
-Setting = list  # of mitigations, the last of them a guidance
+Setting = list
 
 
 def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     """Each method with its settings: the authors' for Stable Diffusion, four others for the bundled world.
 
     The four go from weak to strong, around the authors' constants as rescaled: bundled latents have a quarter of Stable
-    Diffusion's norm, embeddings a deviation of 0.22 instead of 1, and the guidance magnitude of a memorized prompt at T
-    is about 0.4 of epsilon's norm.
+    Diffusion's norm, embeddings a deviation of 0.22 instead of 1.
     """
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     point, until = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
@@ -60,7 +58,7 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         made = [kind(*constants) for constants in (ours if bundled else [authors])]
         return [[x] if isinstance(x, BaseGuidance) else [x, guidance or g.ConstantGuidance(s)] for x in made]
 
-    words = [(1,), (2,), (4,), (8,)]
+    words, pushes = [(1,), (2,), (4,), (8,)], [(750, 0.5), (700, 1), (650, 1), (650, 2)]
     return {
         "CFG": [[g.ConstantGuidance(s)]],
         "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
@@ -78,41 +76,35 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "schedule": settings(g.ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
         "STP": settings(g.StaticTransitionPoint, (point, s), [(t, s) for t in (700, 600, 500, 400)]),
         "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
-        "OG + STP": settings(
-            g.OppositeGuidance, (until, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]
-        ),
+        "OG + STP": settings(g.OppositeGuidance, (until, s, push), [(t, s, o) for t, o in pushes]),
         "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
     }
 
 
 def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
     """Of each method the number of the setting with most samples new and right; of equal ones the weakest."""
-    best = tuning.sort_values("setting", kind="stable").groupby("method", sort=False)["new_and_right"].idxmax()
-    return {method: int(tuning["setting"][row]) for method, row in best.items()}
+    best = tuning.loc[tuning.sort_values("setting").groupby("method")["new_and_right"].idxmax()]
+    return dict(zip(best["method"], best["setting"], strict=True))
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Every method at the setting that was best on the held-out prompts, or at its only one."""
-    tried = methods(scenario)
-    if all(len(settings) == 1 for settings in tried.values()):
-        return {name: settings[0] for name, settings in tried.items()}
     best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
-    return {name: settings[best[name]] for name, settings in tried.items()}
+    return {name: tried[best[name] if len(tried) > 1 else 0] for name, tried in methods(scenario).items()}
 
 
-def pairs(chosen: Mapping[str, Setting]) -> dict[tuple[str, str], Setting]:
-    """(prior, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and of OG + DTP."""
+def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
+    """(prior, None, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and OG + DTP."""
     prior = [name for name in PRIOR if name in chosen]
-    return {(name, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
+    return {(name, None, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
 
 
 def processes() -> PartialState:
-    """This process among those that ``accelerate launch`` started, over gloo where there is no GPU."""
+    """This process among those of ``accelerate launch``, over gloo where there is no GPU."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def _judged(denoiser: Denoiser, rows: pd.DataFrame, seeds, setting: Setting, judges: Judges, options: dict):
-    """The table of all ``seeds`` of the prompts in ``rows`` under one setting."""
     began = time.perf_counter()
     run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
     seconds = (time.perf_counter() - began) / len(run)
@@ -120,39 +112,30 @@ def _judged(denoiser: Denoiser, rows: pd.DataFrame, seeds, setting: Setting, jud
 
 
 def run_grid(
-    denoiser: Denoiser,
-    prompts: pd.DataFrame,
-    seeds: Sequence[int],
-    methods: Mapping[str | tuple, Setting],
-    judges: Judges,
-    folder: str | Path | None,
-    *,
-    steps: int = 50,
-    measure: bool = False,
-    block: int = 16,
-    batch_size: int = 32,
-    bar: tqdm | None = None,
-) -> pd.DataFrame:
-    """Sample ``prompts`` x ``seeds`` under every method and judge the pictures; resumes from ``folder``.
+    denoiser: Denoiser, prompts: pd.DataFrame, seeds: Sequence[int], methods: Mapping[str | tuple, Setting],
+    judges: Judges, folder: str | Path | None, *, steps: int = 50, measure: bool = False, block: int = 16,
+    batch_size: int = 32, bar: tqdm | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Sample ``prompts`` x ``seeds`` under every method and judge the images; resumes from ``folder``.
 
     Every ``block`` prompts of a method are one file. The files are shared out among the processes, which all see
-    ``folder``; at the end each has the whole table: the columns of ``judges``, seconds a sample, and method, which may
-    be a tuple of method, setting and rule.
+    ``folder``. Each process returns the whole table: the columns of ``judges``, seconds a sample, and method (of a
+    tuple, method, setting and rule).
     """
-    team, made_with = processes(), {**denoiser.settings(), "judges": judges.settings()}
-    options = {"steps": steps, "measure": measure, "batch_size": batch_size}
+    team, options = processes(), {"steps": steps, "measure": measure}
+    common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
+    options["batch_size"] = batch_size
 
     def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
         names = dict(zip(("method", "setting", "rule"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
-        settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **made_with}
-        settings |= {"seeds": [*map(int, seeds)], "steps": steps, "measure": measure}
+        settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
         make = partial(_judged, denoiser, rows, seeds, setting, judges, options)
         file = " ".join(str(x) for x in names.values() if x is not None)
         return kept(folder, file, settings, make).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
-    parts = [(name, setting, rows) for name, setting in methods.items() for rows in blocks]
+    parts = [(*method, rows) for method in methods.items() for rows in blocks]
     for part in parts[team.process_index :: team.num_processes]:
         count = len(table(*part))
         if bar is not None:
@@ -167,10 +150,7 @@ def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFrame]:
-    """Prompts of a scenario by group, at even distances in its lists; none of the held-out ones.
-
-    Of the other bundled scenarios, ordinary prompts are sampled in the profile paper only.
-    """
+    """Prompts of a scenario by group, none of them held out; ordinary ones elsewhere in the profile paper only."""
     size, other, found = PROFILES[profile], scenario.name in SCENARIOS[1:], {}
     for group in scenario.prompts:
         if group != "ordinary" or not other or profile == "paper":
@@ -183,8 +163,8 @@ def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFram
 def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     """What `compare` samples: (of, group, prompts, seeds, what is tried) of each grid.
 
-    All "methods" on all groups; on the main scenario's memorized prompts all "settings" and "pairs" too. What is tried
-    is (method, number of the setting or None, rule that it is paired with or "CFG") -> setting.
+    ``of`` is "methods"; on the main scenario's memorized prompts "settings" and "pairs" too. What is tried is (method,
+    number of the setting or None, rule that it is paired with or "CFG") -> setting.
     """
     size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
@@ -193,45 +173,37 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     if scenario.name == MAIN:
         few = "memorized", spread(parts["memorized"], size["further"][0]), range(size["further"][1])
         every = {(name, i, "CFG"): x for name in chosen for i, x in enumerate(methods(scenario)[name])}
-        both = {(prior, None, rule): setting for (prior, rule), setting in pairs(chosen).items()}
-        grids += [("settings", *few, every), ("pairs", *few, both)]
+        grids += [("settings", *few, every), ("pairs", *few, pairs(chosen))]
     return grids
 
 
-def compare(
-    scenario: Scenario, profile: str = "reader", folder: str | Path | None = "build/comparison", device: str = "cpu"
-) -> pd.DataFrame:
-    """The table of all that is in `plan`; resumes from ``folder``.
-
-    Columns: those of `run_grid`, and scenario, of, group, setting and rule, as in `plan`.
-    """
+def compare(scenario: Scenario, profile: str, folder: str | Path | None, device: str = "cpu") -> pd.DataFrame:
+    """All that is in `plan`: the columns of `run_grid`, scenario, of and group. It resumes from ``folder``."""
     denoiser, judges, grids = scenario.load(device=device), Judges(scenario, device), plan(scenario, profile)
     total, tables = sum(len(rows) * len(seeds) * len(tried) for _, _, rows, seeds, tried in grids), []
     with tqdm(total=total, unit="sample", desc=scenario.name, disable=not processes().is_main_process) as bar:
-        options = {"steps": PROFILES[profile]["steps"], "bar": bar}
         for of, group, rows, seeds, tried in grids:
-            found = run_grid(denoiser, rows, seeds, tried, judges, folder, **options)
+            found = run_grid(denoiser, rows, seeds, tried, judges, folder, steps=PROFILES[profile]["steps"], bar=bar)
             tables.append(found.assign(of=of, group=group))
     return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name).astype({"setting": "Int64"})
 
 
 def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
-    """The digest of all that a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
+    """The digest of what a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
     parts = [PROFILES[profile]["steps"]]
     for scenario in scenarios:
         parts += [scenario.load().settings(), Judges(scenario).settings()]
-        for of, group, rows, seeds, tried in plan(scenario, profile):
+        for *grid, rows, seeds, tried in plan(scenario, profile):
             settings = [[*name, *map(describe, setting)] for name, setting in tried.items()]
-            parts.append([of, group, rows["prompt"].tolist(), len(seeds), settings])
+            parts.append([*grid, rows["prompt"].tolist(), len(seeds), settings])
     return digest(parts)
 
 
 def obtain(profile: str = "reader", folder: str | Path = "build/comparison", device: str = "cpu") -> pd.DataFrame:
     """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
-    scenarios, path = [read(name) for name in SCENARIOS], data_folder() / "comparison.parquet"
+    scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
     if profile == "paper" and path.exists():
-        table = pd.read_parquet(path)
-        if table.attrs.get("made_with") == made_with(scenarios, profile):
+        if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, profile):
             return table
         processes().print(f"{path} was made with other weights, judges or methods: made anew")
     return pd.concat([compare(scenario, profile, folder, device) for scenario in scenarios], ignore_index=True)
@@ -261,8 +233,8 @@ def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple
     if name == "cmmd":
         if real is None or known["prompt"].nunique() < 2:
             return None
-        features, prompts = torch.from_numpy(np.stack(known["clip"]).astype(np.float32)), known["prompt"].tolist()
-        found = (metrics.cmmd(features, real, groups=prompts), *metrics.cmmd_interval(features, real, prompts))
+        features = torch.from_numpy(np.stack(known["clip"]).astype(np.float32))
+        found = metrics.cmmd(features, real, known["prompt"].tolist())
     elif name == "similarity_95":
         found = quantile_interval([values.to_numpy() for _, values in known.groupby("prompt")[column]])
     elif MEASURES[name][1] is None:
@@ -272,21 +244,16 @@ def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple
     return (*map(float, found), len(known), known["prompt"].nunique())
 
 
-def summary(
-    table: pd.DataFrame, by: Sequence[str] = ("scenario", "group", "method"), real: torch.Tensor | None = None
-) -> pd.DataFrame:
+def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch.Tensor | None = None) -> pd.DataFrame:
     """One row a group of ``by`` and measure that was made: value, low, high (95%), n samples, prompts, and ``best``.
 
-    Intervals are bootstraps over prompts; of CMMD, to the image features ``real`` [N, F], a jackknife. ``best`` is
-    "best", "tied" where the interval overlaps that of the best, or "". Predictions and seconds are relative to CFG's.
+    Intervals are bootstraps over prompts; that of CMMD, to the image features ``real`` [N, F], is a jackknife. ``best``
+    is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's.
     """
-    table = table.assign(similarity=1 - table["distance"].fillna(table["nearest"]))
-    rows = [
-        (*key, name, *found)
-        for key, part in table.groupby(list(by), sort=False)
-        for name in MEASURES
-        if (found := _measured(part, name, real))
-    ]
+    table, rows = table.assign(similarity=1 - table["distance"].fillna(table["nearest"])), []
+    for key, part in table.groupby(list(by), sort=False):
+        found = {name: _measured(part, name, real) for name in MEASURES}
+        rows += [(*key, name, *numbers) for name, numbers in found.items() if numbers]
     rows = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]).assign(best="")
     for _, part in rows.groupby([*(name for name in by if name != "method"), "measure"]):
         more, cfg = MEASURES[part["measure"].iloc[0]][1], part.loc[part["method"] == "CFG", "value"]
@@ -302,7 +269,7 @@ def summary(
 def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """One line a method, one column a measure, "value [low, high]"; ** the best, * tied with it."""
     text = [f"{r.value:.2f}" + (f" [{r.low:.2f}, {r.high:.2f}]" if r.low < r.high else "") for r in rows.itertuples()]
-    shown = rows.assign(text=pd.Series(text, rows.index) + rows["best"].map({"best": "**", "tied": "*", "": ""}))
+    shown = rows.assign(text=text + rows["best"].map({"best": "**", "tied": "*", "": ""}))
     table = shown.pivot(index="method", columns="measure", values="text").reindex(rows["method"].unique())
     return table[[m for m in measures if m in table]].rename(columns={m: label for m, (label, _) in MEASURES.items()})
 
@@ -324,7 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/comparison.parquet"), help="the table")
     options, team = parser.parse_args(), processes()
     device = options.device or (str(team.device) if team.num_processes > 1 else "cpu")
-    scenarios = [read(name) for name in options.scenarios]
+    scenarios = [*map(read, options.scenarios)]
     table = pd.concat([compare(scenario, options.profile, options.parts, device) for scenario in scenarios])
     if team.is_main_process:
         table.attrs["made_with"] = made_with(scenarios, options.profile)

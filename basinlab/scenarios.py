@@ -1,13 +1,9 @@
 """Scenarios: what is sampled, with which prompts, and how it is judged. One yaml file each, in data/scenarios.
 
-Bundled and published checkpoints are described alike. What is not known of one is left out of its tables: the objects'
-names and boxes of Stable Diffusion's prompts, say. Relative paths in a file start at its own folder.
-
-Words: ``distance`` is the copy distance to the nearest picture learned with the prompt, ``nearest`` to the nearest
-picture learned with any prompt, ``copied`` whether a sample is within the scenario's radius.
+Bundled and published checkpoints are described alike. What is not known of one is left out of its tables, such as the
+objects' names and boxes of Stable Diffusion's prompts. Relative paths in a file start at its own folder.
 """
 
-import csv
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -30,14 +26,14 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
 def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
-    """The prompts in ``path``, a row each, in a format in which the field shares them.
+    """The prompts in ``path``, a row each.
 
-    "csv" has a header with prompt (the bundled ones also object, kind, share, attractor, left, top, size), "wen" JSON
-    lines with caption, url and index, "lines" one prompt a line, "pairs" a folder of texts, each beside its picture,
-    "dcr" a JSON object: path of a picture -> its captions, of which the first is used.
+    "csv" has a column prompt (the bundled ones also object, kind, share, attractor, left, top, size), "wen" JSON lines
+    with caption, url and index, "lines" one prompt a line, "pairs" a folder of texts, each beside its image, "dcr" a
+    JSON object: path of an image -> its captions, of which the first is used.
     """
     if format == "csv":
-        table = pd.read_csv(path, keep_default_na=False, quoting=csv.QUOTE_MINIMAL)
+        table = pd.read_csv(path, keep_default_na=False)
         for column in {"attractor", "swapped"} & {*table.columns}:
             table[column] = [str(path.parent / picture) for picture in table[column]]
         return table
@@ -51,7 +47,7 @@ def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
         return pd.DataFrame(map(json.loads, lines)).rename(columns={"caption": "prompt"})
     if format == "lines":
         return pd.DataFrame({"prompt": lines})
-    raise ValueError(f"no prompt format {format!r}: give csv, wen, lines, pairs or dcr")
+    raise ValueError(f"no prompt format {format!r}")
 
 
 @dataclass(frozen=True)
@@ -59,17 +55,16 @@ class Scenario:
     """One scenario, as its file has it; `read` makes it.
 
     Attributes:
-        model, unet, resolution: as `models.load` takes them. weights_url says where the weights are.
         prompts: group -> file, format (of `read_list`) and url of a list, or texts (name -> prompt).
-        static_transition_point, opposite_until: timesteps, the latter by default the former. late_start: the timestep
-            from which guidance copies no more, where it was measured.
-        references: pattern of the pictures learned with a prompt, with its {index} or its {row} in the list; None
-            where the list names them itself, in a column attractor.
+        static_transition_point, opposite_until: timesteps, the latter by default the former.
+        late_start: the timestep from which guidance copies no more, where it was measured.
+        model, unet, resolution: as `models.load` takes them; weights_url says where to find them.
+        references: pattern of the images learned with a prompt, with its {index} or its {row} in the list; None where
+            the list names them itself, in a column attractor.
         copy, radius: name of the `metrics.CopyDistance` and the distance up to which a sample is a copy. The default
             is a similarity of 0.5, from which the field speaks of copies (Somepalli et al., CVPR 2023).
         layout_floor: the layout similarity from which a template is copied.
         alignment: name of the `metrics.Alignment`.
-        here: folder of the file.
     """
 
     name: str
@@ -95,19 +90,15 @@ class Scenario:
     here: Path = field(default_factory=data_folder, repr=False)
 
     def load(self, **options) -> Denoiser:
-        """The denoiser; ``options`` as of `models.load`. Where weights are missing, the error says where they are."""
+        """The denoiser, with ``options`` of `models.load`."""
         model = str(self.here / self.model) if self.model.startswith(".") else self.model
         try:
             return load(model, unet=self.unet and self.here / self.unet, resolution=self.resolution, **options)
         except (ValueError, OSError) as error:
             raise type(error)(f"{error} (weights of {self.name}: {self.weights_url or 'bundled'})") from error
 
-    def judges(self, device: str | torch.device = "cpu") -> "Judges":
-        """What looks at its pictures."""
-        return Judges(self, device)
-
     def table(self, group: str = "memorized") -> pd.DataFrame:
-        """The prompts of ``group``, a row each, or a row for each reference picture: prompt and what the list has."""
+        """The prompts of ``group``, a row each, or a row for each reference image, with what the list says of them."""
         listed = self.prompts[group]
         if "texts" in listed:
             table = pd.DataFrame(listed["texts"].items(), columns=["index", "prompt"])
@@ -142,28 +133,29 @@ def read(name: str | Path) -> Scenario:
 
 
 class Judges:
-    """The models that look at a scenario's pictures: a run or a sweep -> one table, a row a sample.
+    """The models that look at a scenario's images: a run or a sweep becomes one table, a row a sample.
 
     ``distance`` and ``alignment`` are None where their weights are missing, and ``notices`` says why. ``references``
-    are the descriptors [K, F] of the K pictures learned with each prompt, ``learned`` [N, F] those of all prompts of
-    the group memorized. ``objects`` are all names of objects in the prompts.
+    are the descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of all prompts of the
+    group memorized. ``objects`` are all names of objects in the prompts.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
-        self.scenario, self.notices, self.references = scenario, [], {}
-        self._seen = hashlib.sha256()  # of the reference pictures
+        self.scenario, self.notices, self.references, self.learned = scenario, [], {}, None
+        self._seen = hashlib.sha256()  # of the reference images
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
         self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
-        tables = {group: self._made(scenario.table, group) for group in scenario.prompts}
-        tables = {group: table for group, table in tables.items() if table is not None}
-        self.objects = sorted({name for table in tables.values() if "object" in table for name in table["object"]})
-        known = [table.dropna(subset="attractor") for table in tables.values() if "attractor" in table]
-        for prompt, paths in (pair for table in known for pair in table.groupby("prompt", sort=False)["attractor"]):
-            if self.distance:
+        found = {group: self._made(scenario.table, group) for group in scenario.prompts}
+        tables = {group: table for group, table in found.items() if table is not None}
+        self.objects = sorted({name for table in tables.values() for name in table.get("object", [])})
+        for group, table in tables.items():
+            if not self.distance or "attractor" not in table:
+                continue
+            for prompt, paths in table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]:
                 self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
-        memorized = tables["memorized"]["prompt"].unique() if "memorized" in tables else []
-        learned = [self.references[prompt] for prompt in memorized if prompt in self.references]
-        self.learned = torch.cat(learned) if learned else None
+            known = [self.references[prompt] for prompt in table["prompt"].unique() if prompt in self.references]
+            if group == "memorized" and known:
+                self.learned = torch.cat(known)
 
     def _made(self, make, *given):
         """What ``make(*given)`` gives; None, and a notice, where a file is missing."""
@@ -178,7 +170,7 @@ class Judges:
         self._seen.update(prompt.encode() + b"".join(pixels))
 
     def settings(self) -> dict:
-        """What a table depends on beside the run: weights, references and limits; for the digest of kept tables."""
+        """What a table depends on beside the run, for the digest of kept tables."""
         return {
             "distance": self.distance and self.distance.weights,
             "alignment": self.alignment and self.alignment.weights,
@@ -189,7 +181,7 @@ class Judges:
         }
 
     def estimate(self, run: Trajectory) -> None:
-        """Take the attractor that ``run``, seeds under CFG from T, shows for each prompt without a reference."""
+        """Take the attractor that ``run``, under CFG from T, shows for each prompt without a reference."""
         for prompt in dict.fromkeys(run.prompts):
             if prompt not in self.references:
                 pictures = run.of(prompt).images()
@@ -198,11 +190,11 @@ class Judges:
     def __call__(self, run: Trajectory | Sweep, prompts: pd.DataFrame) -> pd.DataFrame:
         """One row a sample of ``run``, of a sweep a sample and start: what became of it, and what it took.
 
-        Columns: those of ``prompts``, which has each prompt of the run; seed, (start,) calls and gradient_passes;
-        distance, nearest and diversity, the mean distance between a prompt's samples (NaN where unknown); copied (NA
-        where unknown); clip, the image's features [F], and clip_score; object_right and new_and_right, where prompts
-        have an object; layout, where there is a layout_floor; saturated. A template is copied by its layout, a prompt
-        of a list without attractors by ``nearest``.
+        Columns: those of ``prompts``, which has each prompt of the run; those of ``run.table()``; distance to the
+        nearest image learned with the prompt, nearest, to that learned with any, and diversity between a prompt's
+        samples (NaN where unknown); copied, within the radius (NA where unknown); clip, the image's features [F], and
+        clip_score; object_right and new_and_right, where prompts have an object; layout, where there is a layout_floor;
+        saturated. A template is copied by its layout, a prompt of a list without attractors by nearest.
         """
         pictures = run.images().flatten(0, -4)
         table = run.table().merge(prompts.drop_duplicates("prompt"), on="prompt", how="left", validate="m:1")
@@ -213,7 +205,6 @@ class Judges:
         return table.drop(columns=["attractor", "swapped"], errors="ignore")
 
     def _copies(self, table: pd.DataFrame, pictures: Tensor) -> None:
-        """Add distance, nearest, diversity, layout and copied."""
         table[["distance", "nearest", "diversity"]] = np.nan
         if self.distance:
             features = self.distance.features(pictures)
@@ -232,7 +223,6 @@ class Judges:
         table["copied"] = copied if copied.isna().any() else copied.astype(bool)
 
     def _alignment(self, table: pd.DataFrame, pictures: Tensor) -> None:
-        """Add clip, clip_score, object_right and new_and_right."""
         clip = self.alignment.picture_features(pictures)
         table["clip"] = list(clip.half().numpy())
         table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
@@ -242,6 +232,6 @@ class Judges:
 
 
 def unseen_scenes() -> tuple[Tensor, list[str]]:
-    """The bundled scenes that no training saw: pictures [B, 3, height, width] and the name of each one's object."""
+    """The bundled scenes that no training saw: images [B, 3, height, width] and the names of their objects."""
     table = pd.read_csv(data_folder() / "unseen" / "metadata.csv")
     return read_pictures([data_folder() / "unseen" / name for name in table["file_name"]]), table["object"].tolist()

@@ -16,32 +16,25 @@ def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.nda
     >>> round(float(low), 3), round(float(high), 3)
     (0.49, 0.943)
     """
-    z = norm.ppf(0.5 + confidence / 2)
-    n = np.asarray(trials, float)
+    z, n = norm.ppf(0.5 + confidence / 2), np.asarray(trials, float)
     p = np.asarray(successes, float) / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return centre - half, centre + half
 
 
-def bootstrap_interval(
-    values, statistic: Callable = np.mean, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of ``statistic`` over the first axis of ``values``."""
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    rows = rng.integers(len(values), size=(resamples, len(values)))
+def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of ``statistic`` over the first axis of ``values``; the same every time."""
+    values = np.asarray(values)
+    rows = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     means = statistic is np.mean and values.ndim == 1  # all at once
     drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
+    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # may be infinite: nothing to interpolate
     return float(low), float(high)
 
 
 def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
-    """The mean of column ``name`` and its 95% interval: a bootstrap over prompts.
-
-    Where all samples of a yes-or-no column agree, the bootstrap has no width, and Wilson's interval is given.
-    """
+    """Mean of column ``name`` and its interval, a bootstrap over prompts, or Wilson's where all samples agree."""
     means = part.groupby("prompt")[name].mean().to_numpy(float)
     low, high = bootstrap_interval(means, resamples=1000)
     if part[name].dtype == bool and low == high:
@@ -49,18 +42,18 @@ def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
     return means.mean(), float(low), float(high)
 
 
-def quantile_interval(values: Sequence[np.ndarray], q: float = 0.95) -> tuple[float, float, float]:
-    """The q-quantile of all ``values`` (one array a prompt) and its 95% interval: a bootstrap over prompts."""
+def quantile_interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """95th percentile of all ``values`` (one array a prompt) and its interval, a bootstrap over prompts."""
 
     def quantile(prompts: np.ndarray) -> float:
-        return np.quantile(np.concatenate([values[i] for i in prompts]), q)
+        return np.quantile(np.concatenate([values[i] for i in prompts]), 0.95)
 
     prompts = np.arange(len(values))
     return quantile(prompts), *bootstrap_interval(prompts, quantile, resamples=500)
 
 
 def told(value, low=None, high=None, n: int | None = None, form: str = ".0%") -> str:
-    """A value, or a row of a table with one, with its 95% interval and number of samples, as a sentence has it.
+    """A value, or a table's row with one, with its 95% interval and number of samples, as text.
 
     >>> told(0.571, 0.52, 0.61, 48)
     '**57%** (52% to 61%, n = 48)'
@@ -71,11 +64,7 @@ def told(value, low=None, high=None, n: int | None = None, form: str = ".0%") ->
 
 
 def verdict(low: float, high: float, least: float = -np.inf, most: float = np.inf) -> str:
-    """Whether a number whose interval is ``low`` to ``high`` lies within ``least`` and ``most``: yes, no or undecided.
-
-    >>> verdict(0.6, 0.8, least=0.5), verdict(0.4, 0.8, least=0.5), verdict(0.6, 0.8, most=0.5)
-    ('yes', 'undecided', 'no')
-    """
+    """Whether a number with this interval lies within ``least`` and ``most``: yes, no or undecided."""
     if least <= low and high <= most:
         return "yes"
     return "no" if high < least or low > most else "undecided"
@@ -94,7 +83,7 @@ class Claims:
         self.rows = []
 
     def number(self, claim: str, value: float, low: float, high: float, n: int, least=-np.inf, most=np.inf) -> None:
-        """A claim that a number is at ``least`` or at ``most`` so much, or both; without a goal it is reported."""
+        """A claim that a number is at ``least`` or at ``most`` so much; without a goal it is reported."""
         goals = [f"at {word} {goal:.3g}" for word, goal in (("least", least), ("most", most)) if np.isfinite(goal)]
         found = verdict(low, high, least, most) if goals else "reported"
         self.rows.append((claim, float(value), float(low), float(high), int(n), ", ".join(goals), found))
@@ -115,13 +104,3 @@ def roc(positives: Tensor, negatives: Tensor) -> pd.DataFrame:
     radii = torch.cat([positives, negatives]).unique()
     false, true = (torch.searchsorted(d.sort().values, radii, right=True) / len(d) for d in (negatives, positives))
     return pd.DataFrame({"radius": radii, "false_positive": false, "true_positive": true})
-
-
-def auc(positives: Tensor, negatives: Tensor) -> float:
-    """Probability that a positive is larger than a negative, where ties count half (Mann-Whitney).
-
-    >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
-    0.875
-    """
-    p, n = positives.flatten()[:, None].double(), negatives.flatten()[None].double()
-    return float(((p > n).double() + 0.5 * (p == n).double()).mean())

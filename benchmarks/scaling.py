@@ -25,7 +25,8 @@ def work(folder: Path) -> None:
     from basinlab.comparison import processes, run_grid
 
     scenario, team = basinlab.scenarios.read("emoji-duplicated"), processes()
-    denoiser, judges, prompts = scenario.load(), scenario.judges(), scenario.table().head(PROMPTS)
+    denoiser, judges = scenario.load(), basinlab.scenarios.Judges(scenario)
+    prompts = scenario.table().head(PROMPTS)
     methods = {"CFG": [basinlab.ConstantGuidance(5.0)], "STP": [basinlab.StaticTransitionPoint(500, 5.0)]}
     team.wait_for_everyone()
     began = time.perf_counter()

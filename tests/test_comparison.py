@@ -29,8 +29,8 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     chosen = comparison.tuned(MAIN)
     assert {*chosen} == {*methods} and describe(chosen["CFG"][0])["guidance_scale"] == MAIN.guidance_scale
     both = comparison.pairs(chosen)
-    assert {*both} == {(prior, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
-    assert [type(x).__name__ for x in both["GNI", "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
+    assert {*both} == {(prior, None, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
+    assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
 
 
 def test_published_scenarios_get_the_authors_settings():

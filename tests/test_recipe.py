@@ -351,7 +351,7 @@ def test_fine_tuning_sets_repeat_nothing_that_is_memorized_elsewhere():
 def test_smoke_world_brings_its_metrics(smoke_world):
     pictures = scenarios.unseen_scenes()[0][:4]
     assert metrics.CopyDistance()(pictures, pictures).abs().max() < 1e-5
-    assert metrics.Alignment().score(pictures, ["an owl"] * 4).abs().max() <= 1 + 1e-6
+    assert metrics.Alignment().picture_features(pictures).isfinite().all()
 
 
 def test_weights_are_shipped_as_half_precision_safetensors(smoke_world):

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import basinlab
-from basinlab import basin, metrics, scenarios
+from basinlab import basin, scenarios
 
 PAPERS = ("sd14-finetuned", "sd14-webster", "sd21-imagenette", "sd21-laion10k")
 BUNDLED = ("emoji-classes", "emoji-duplicated", "emoji-finetuned")
@@ -137,7 +137,8 @@ def test_a_row_says_what_became_of_a_sample(bundled, main, judges):
     everything = judges.distance.pairs(run.images(), basinlab.read_pictures(main.table()["attractor"]))
     np.testing.assert_allclose(table["nearest"], everything.amin(dim=1), atol=1e-5)
     assert (table["copied"] == (table["distance"] <= main.radius)).all() and table["copied"].dtype == bool
-    score = metrics.Alignment().score(run.images(), run.prompts)
+    clip = judges.alignment
+    score = (clip.picture_features(run.images()) * clip.text_features(run.prompts)).sum(dim=1)
     np.testing.assert_allclose(table["clip_score"], score, atol=1e-5)
     assert (table["new_and_right"] == table["object_right"] & ~table["copied"]).all()
     assert (table["calls"] == 8).all() and table["share"].tolist() == rows["share"].repeat(2).tolist()

@@ -8,12 +8,13 @@ percentile bootstrap, over prompts where samples of a prompt belong together.
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
 
 from basinlab import metrics
 from basinlab.basin import first_local_minimum
 from basinlab.models import Denoiser, read_pictures
 from basinlab.scenarios import Judges, Scenario, unseen_scenes
-from basinlab.statistics import Claims, auc, bootstrap_interval
+from basinlab.statistics import Claims, bootstrap_interval
 
 
 def negatives_of(table: pd.DataFrame, scenario: Scenario, distance: metrics.CopyDistance) -> dict[str, torch.Tensor]:
@@ -150,11 +151,12 @@ def _magnitude(claims: Claims, table: pd.DataFrame) -> None:
     falling = torch.arange(memorized.shape[1], 0, -1)
     found = ~first_local_minimum(memorized, falling).isnan()
     claims.share("memorized, unguided: magnitude has a local minimum", found, least=0.7)
-    first = [m[:, :3].mean(dim=1) for m in (memorized, ordinary)]
-    rng = np.random.default_rng(0)
-    drawn = [auc(*(x[rng.integers(len(x), size=len(x))] for x in first)) for _ in range(500)]
-    interval = np.quantile(drawn, [0.025, 0.975])
-    claims.number("AUC of the magnitude at the first 3 steps", auc(*first), *interval, sum(map(len, first)), least=0.9)
+    first, rng = [m[:, :3].mean(dim=1).numpy() for m in (memorized, ordinary)], np.random.default_rng(0)
+    labels = np.repeat([1, 0], [*map(len, first)])
+    drawn = [[x[rng.integers(len(x), size=len(x))] for x in first] for _ in range(500)]
+    area, *areas = (roc_auc_score(labels, np.concatenate(pair)) for pair in (first, *drawn))
+    interval = np.quantile(areas, [0.025, 0.975])
+    claims.number("AUC of the magnitude at the first 3 steps", area, *interval, len(labels), least=0.9)
 
 
 def _templates(claims: Claims, table: pd.DataFrame, floor: float) -> None:
