@@ -1,9 +1,8 @@
 """Every picture of the notebooks. A plot takes a table or a run, computes nothing, and returns a Figure.
 
-Two general plots draw nearly all tables: ``bands`` (lines with intervals over the timestep) and ``dots`` (points with
-error bars). Both read the columns ``value``, ``low`` and ``high``. The same thing has the same colour everywhere
-(``COLOURS``, seaborn's colour-blind safe palette). ``save`` writes PNG, PDF and CSV, and notes in manifest.json what a
-figure was made from.
+``dots`` and ``intervals`` draw nearly all tables, from the columns value, low and high. The same thing has the same
+colour everywhere (``COLOURS``, seaborn's colour-blind safe palette). ``save`` writes PNG, PDF and CSV, and notes in
+manifest.json what a figure was made from.
 """
 
 import base64
@@ -156,43 +155,36 @@ def errors(table: pd.DataFrame, value: str = "value", of: str = "") -> np.ndarra
 
 
 def bands(table: pd.DataFrame, ylabel: str, panel: str | None = None) -> Figure:
-    """Lines with intervals over the timestep, time running to the right.
+    """Lines with intervals over the timestep, time running to the right: columns name, t, value, low, high."""
+    limits = {"xlim": (1000, 0), "ylim": (0, 1.05 * table["high"].max())}
+    return dots(table, "t", "name", panel, band=True, xlabel="timestep t", ylabel=ylabel, **limits)
 
-    Columns name, t, value, low, high; one panel for each value of the column ``panel``.
+
+def dots(table: pd.DataFrame, x: str, hue: str | None = None, panel=None, title="", band=False, **axes) -> Figure:
+    """Points, or lines with a band, with intervals: columns ``x``, value, low, high.
+
+    There is a colour for each value of the column ``hue`` and a panel for each of ``panel``. ``title`` is the legend's;
+    ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...).
     """
-    figure, panels = _panels(table, panel, 2, (5.6, 3.8), sharey=True)
-    for title, axis, rows in panels:
-        for name, part in rows.groupby("name", sort=False):
-            axis.plot(part["t"], part["value"], color=COLOURS[name], label=name)
-            axis.fill_between(part["t"], part["low"], part["high"], color=COLOURS[name], alpha=0.2, linewidth=0)
-        axis.set(xlabel="timestep t", xlim=(1000, 0), ylim=(0, 1.05 * table["high"].max()), title=title)
-    panels[0][1].set_ylabel(ylabel)
-    panels[0][1].legend()
-    return figure
-
-
-def dots(
-    table: pd.DataFrame, x: str, hue: str | None = None, panel: str | None = None, title: str = "", **axes
-) -> Figure:
-    """Points with intervals: columns ``x``, value, low, high; a colour for each ``hue``, a panel for each ``panel``.
-
-    ``title`` is the legend's; ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...).
-    """
-    figure, panels = _panels(table, panel, 3, (4.2, 3.1) if panel else (6.6, 3.8), sharey=True)
+    figure, panels = _panels(table, panel, 3, (4.2, 3.3) if panel else (6.6, 3.8), sharey=True)
     for name, axis, rows in panels:
         for label, part in [(None, rows)] if hue is None else rows.groupby(hue, sort=False):
-            line = {"marker": "o", "capsize": 3, "color": COLOURS.get(label, "black"), "label": label}
-            line["linestyle"] = "" if part[x].dtype == object or isinstance(part[x].dtype, pd.StringDtype) else "-"
-            axis.errorbar(part[x], part["value"], errors(part), **line)
+            colour, numbers = COLOURS.get(label, "black"), pd.api.types.is_numeric_dtype(part[x])
+            if band:
+                axis.plot(part[x], part["value"], color=colour, label=label)
+                axis.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+            else:
+                line = {"marker": "o", "linestyle": "-" if numbers else "", "capsize": 3, "color": colour}
+                axis.errorbar(part[x], part["value"], errors(part), label=label, **line)
         axis.set(title=name, **axes)
-        if rows[x].nunique() > 12 and not pd.api.types.is_numeric_dtype(rows[x]):
+        if not numbers and rows[x].nunique() > 12:
             axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
     if hue is not None:
         panels[-1][1].legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def over_start(table: pd.DataFrame, hue: str, ylabel: str = "share copied", title: str = "") -> Figure:
+def over_start(table: pd.DataFrame, hue: str, ylabel: str = "share copied", title="") -> Figure:
     """A share over the start of CFG: columns start, ``hue``, value, low, high; 0, at the right end, is never."""
     limits = {"xlim": (1020, min(80, table["start"].min() - 20)), "ylim": (-0.03, 1.03)}
     return dots(table, "start", hue, title=title, xlabel="CFG starts at timestep", ylabel=ylabel, **limits)
@@ -248,32 +240,6 @@ def trade_offs(settings: pd.DataFrame, panels: Sequence[str], across: str, upwar
     return figure
 
 
-def heat_map(table: pd.DataFrame, label: str) -> Figure:
-    """A value in 0..1 for each method (rows) and scenario (columns), written into its cell."""
-    figure, axis = plt.subplots(figsize=(1.9 * table.shape[1] + 2.4, 0.34 * len(table) + 1.2))
-    sns.heatmap(table, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", ax=axis, cbar_kws={"label": label})
-    axis.set(xlabel="", ylabel="")
-    axis.tick_params(rotation=0)
-    return figure
-
-
-def ball_and_roc(distances: Mapping[str, Tensor], radius: float, curve: pd.DataFrame) -> Figure:
-    """Distances to the attractor by group, with the ball's radius, beside the ROC of "distance <= radius"."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    bins = np.linspace(0, max(float(d.max()) for d in distances.values()), 60)
-    for name, values in distances.items():
-        left.hist(values, bins, density=True, color=COLOURS[name], label=name, histtype="step", linewidth=1.8)
-    left.axvline(radius, color="black", linestyle="--", label=f"radius {radius:.3f}")
-    left.set(xlabel="distance D to the attractor", ylabel="density", yscale="symlog")
-    left.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    none = curve.loc[curve["false_positive"] > 0, "false_positive"].min() / 4  # where a logarithmic axis has its 0
-    right.plot(curve["false_positive"].clip(none), curve["true_positive"], color="black")
-    right.plot(none, curve.loc[curve["radius"] <= radius, "true_positive"].max(), "o", color="black", label="the ball")
-    right.set(xscale="log", xlabel="false-positive rate (left end: none)", ylabel="true-positive rate", ylim=(0, 1.03))
-    right.legend(loc="lower right")
-    return figure
-
-
 def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: Sequence[str]) -> Figure:
     """Guidance magnitude of single trajectories [N, S] with transition points marked.
 
@@ -292,18 +258,6 @@ def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: 
     figure.supylabel(r"$\|\epsilon_c-\epsilon_u\|_2$", fontsize=11)
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
-    return figure
-
-
-def point_errors(table: pd.DataFrame) -> Figure:
-    """Dynamic against measured transition points: columns measured, dynamic, share."""
-    figure, axis = plt.subplots(figsize=(6.6, 4.2))
-    for share, part in table.dropna().groupby("share"):
-        axis.scatter(part["measured"], part["dynamic"], s=22, color=COLOURS[share], label=share)
-    axis.plot([0, 1000], [0, 1000], color="gray", linewidth=1)
-    axis.set(xlabel="measured point t", ylabel="dynamic point t", xlim=(1000, 0), ylim=(1000, 0))
-    axis.set_title("above the line: too late", fontsize=11)
-    axis.legend(title="duplicate's share", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -338,19 +292,6 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     if "paths" in panel:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-def funnel_section(inside: Tensor, places: Tensor, paths: Mapping[str, Tensor], timesteps: Sequence[int]) -> Figure:
-    """The basin along one line through the attractor: ``inside`` [S, N] over time and place, paths [B, S] on it."""
-    figure, axis = plt.subplots(figsize=(8, 4.2))
-    shade = sns.light_palette(COLOURS["captured"], as_cmap=True)
-    axis.pcolormesh(timesteps, places, inside.float().T.numpy(), cmap=shade, vmax=1.6, shading="nearest")
-    for name, path in paths.items():
-        lines = axis.plot(timesteps, path.T, color=COLOURS[name], linewidth=0.9)
-        lines[0].set_label(name)
-    axis.set(xlabel="timestep t", ylabel="place along the line", xlim=(1000, 0), ylim=(places.min(), places.max()))
-    axis.legend(title="shaded: the basin", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
