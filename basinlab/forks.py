@@ -15,35 +15,16 @@ from diffusers.guiders import BaseGuidance
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import sampling
 from .guidance import ConstantGuidance, describe
 from .models import Denoiser
-from .sampling import (
-    Samples,
-    State,
-    begin,
-    blocks,
-    every_pair,
-    fresh,
-    network_calls,
-    new_scheduler,
-    only_guidance,
-    sampling_steps,
-)
+from .sampling import Samples, State, begin, blocks, network_calls, only_guidance, sampling_steps
 from .store import kept
 
 
 @dataclass(repr=False)
 class Sweep(Samples):
     """B samples, the guidance of each started at F timesteps.
-
-    Attributes:
-        prompts, seeds: B of each.
-        starts: [F] timesteps of the scheduler, falling; 0 stands for never, but see `start_steps`.
-        timesteps: [S].
-        latents: [B, F, C, H, W], the clean latents of each start.
-        guidance_magnitude: [B, S] before the guidance starts, NaN where it was not measured.
-        network_calls: [B], predictions made for all starts together.
-        network_calls_apart: [B], predictions that one run for each start would have made.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
@@ -54,12 +35,12 @@ class Sweep(Samples):
 
     prompts: list[str]
     seeds: list[int]
-    starts: list[int]
-    timesteps: Tensor
-    latents: Tensor
-    guidance_magnitude: Tensor
-    network_calls: Tensor
-    network_calls_apart: Tensor
+    starts: list[int]  # F timesteps of the scheduler, falling; 0 stands for never, but see `start_steps`
+    timesteps: Tensor  # [S]
+    latents: Tensor  # [B, F, C, H, W], the clean latents of each start
+    guidance_magnitude: Tensor  # [B, S] before the guidance starts, NaN where it was not measured
+    network_calls: Tensor  # [B], predictions made for all starts together
+    network_calls_apart: Tensor  # [B], predictions that one run for each start would have made
     denoiser: Denoiser
 
     @property
@@ -102,11 +83,11 @@ class _Forks:
     def __init__(self, denoiser, prompts, seeds, starts, before=None, after=None, steps=50, scheduler=None,
                  batch_size=32, measure=False, folder=None, progress=True):  # fmt: skip
         self.denoiser, self.steps, self.scheduler, self.measure = denoiser, steps, scheduler, measure
-        self.pairs, self.batch_size, self.folder = every_pair(prompts, seeds), batch_size, folder
+        self.pairs, self.batch_size, self.folder = sampling.every_pair(prompts, seeds), batch_size, folder
         self.before, self.after = only_guidance(before or ConstantGuidance(0.0)), only_guidance(after)
         if getattr(self.after, "remembers", hasattr(self.after, "momentum_buffer")):
             raise ValueError(f"{type(self.after).__name__} remembers steps, which forks do not share: use `sample`")
-        self.timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.cpu()
+        self.timesteps = sampling.new_scheduler(denoiser, scheduler, steps).timesteps.cpu()
         self.starts = start_steps(starts, self.timesteps, denoiser.train_timesteps)
         self.first_steps, self.bar = list(self.starts.values()), tqdm(unit="step", disable=not progress)
         calls = network_calls(self.after, self.timesteps)
@@ -132,7 +113,7 @@ class _Forks:
         magnitude, everyone = torch.full((len(rows), self.steps), torch.nan), range(len(rows))
         snapshots = {0: state.pick(everyone)} if 0 in self.first_steps else {}
         last = self.steps if self.measure else max(self.first_steps)
-        walk = sampling_steps(state, fresh(self.before), measure=self.measure)
+        walk = sampling_steps(state, self.before, measure=self.measure)
         for step, (_, seen) in zip(range(last), walk, strict=False):
             magnitude[:, step] = seen
             if step + 1 in self.first_steps:
@@ -151,7 +132,7 @@ class _Forks:
             rows = {step: [row for row, k in (forks[n] for n in part) if k == step] for step in self.first_steps}
             first = forks[part[0]][1]
             state = snapshots[first].pick(rows[first])
-            for step, _ in enumerate(sampling_steps(state, fresh(self.after), first), first):
+            for step, _ in enumerate(sampling_steps(state, self.after, first), first):
                 self.bar.update(len(state.seeds))
                 if rows.get(step + 1):
                     state.join(snapshots[step + 1].pick(rows[step + 1]))
@@ -160,20 +141,11 @@ class _Forks:
 
 
 def sweep(
-    denoiser: Denoiser,
-    prompts: str | Sequence[str],
-    seeds: int | Sequence[int],
-    starts: Sequence[int] | None = None,
-    *,
-    before: BaseGuidance | None = None,
-    after: BaseGuidance | None = None,
-    steps: int = 50,
-    scheduler: str | None = None,
-    batch_size: int = 32,
-    measure: bool = False,
-    folder: str | Path | None = None,
+    denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], starts: Sequence[int] | None = None,
+    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50,
+    scheduler: str | None = None, batch_size: int = 32, measure: bool = False, folder: str | Path | None = None,
     progress: bool = True,
-) -> Sweep:
+) -> Sweep:  # fmt: skip
     """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
 
     Args:

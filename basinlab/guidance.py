@@ -10,12 +10,13 @@ import math
 from dataclasses import asdict, is_dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
+
+logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # warns at each guider that it is new
 
 
 def describe(mitigation) -> dict:
@@ -25,8 +26,7 @@ def describe(mitigation) -> dict:
     {'name': 'ConstantGuidance', 'guidance_scale': 3.0}
     """
     settings = asdict(mitigation) if is_dataclass(mitigation) else _settings(mitigation)
-    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
-    return {"name": type(mitigation).__name__, **plain}
+    return {"name": type(mitigation).__name__, **settings}
 
 
 def _settings(guidance: BaseGuidance) -> dict:
@@ -41,11 +41,7 @@ class WeightedGuidance(BaseGuidance):
     transition_point: Tensor | None = None  # the first timestep at which the full guidance acts, once it is reached
 
     def __init__(self):
-        logger = logging.getLogger("diffusers.guiders.guider_utils")  # warns at each guider that guiders are new
-        level = logger.level
-        logger.setLevel(logging.ERROR)
         super().__init__()
-        logger.setLevel(level)
         self._begin()
 
     def weight(self, timestep: int) -> float:
@@ -67,20 +63,16 @@ class WeightedGuidance(BaseGuidance):
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """eps_u + w (eps_c - eps_u); a prediction with weight 0 may be None."""
         weight = self.weight(int(self._timestep))
-        if weight == 0:
-            combined = pred_uncond
-        elif weight == 1:
-            combined = pred_cond
+        if weight in (0, 1):
+            combined = pred_cond if weight else pred_uncond
         else:
             combined = pred_uncond + weight * (pred_cond - pred_uncond)
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    # What diffusers' pipelines ask for: the predictions that are needed at this step
-
     def _needed(self) -> list[str]:
-        if self._timestep is None:  # before the first step, where a pipeline has to be ready for both
-            return list(self._input_predictions)
-        weight = self.weight(int(self._timestep))
+        """Names of the predictions at this step, which diffusers' pipelines ask for by the methods below."""
+        # before the first step a pipeline has to be ready for both
+        weight = None if self._timestep is None else self.weight(int(self._timestep))
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
@@ -124,8 +116,6 @@ class ConstantGuidance(WeightedGuidance):
 class StaticTransitionPoint(WeightedGuidance):
     """CFG from one timestep on (paper, STP): ``before`` while t > ``start``, then ``guidance_scale``.
 
-    Between two timesteps of the sampler CFG starts at the later one; ``transition_point`` says at which.
-
     >>> late = StaticTransitionPoint(start=500, guidance_scale=7.5)
     >>> late.weight(501), late.weight(500)
     (0.0, 7.5)
@@ -151,10 +141,10 @@ class StaticTransitionPoint(WeightedGuidance):
 class DynamicTransitionPoint(WeightedGuidance):
     """CFG, per sample, once the guidance magnitude has passed its first local minimum (paper, DTP).
 
-    As in the official script the point is the first timestep at which ||eps_c - eps_u|| has risen after a fall, one
-    step after the minimum itself. A sample that shows no minimum gets CFG at ``latest`` all the same (500 is the
-    paper's static point of SD 2.1), and its ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1
-    in the official script. `sample` gives all predictions as epsilon; a modular pipeline gives them as they are.
+    As in the official script the point is the first timestep at which ||eps_c - eps_u|| has risen after a fall. A
+    sample that shows no minimum gets CFG at ``latest`` (500 is the paper's static point of SD 2.1), and its
+    ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1 in the official script. `sample` gives
+    all predictions as epsilon; a modular pipeline gives them as they are.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
@@ -176,7 +166,7 @@ class DynamicTransitionPoint(WeightedGuidance):
         self.transition_point = None  # [B], NaN where no minimum was seen
 
     def weight(self, timestep: int) -> float:
-        """The scale of a sample that shows no local minimum."""
+        """w of a sample that shows no minimum."""
         return self.before if timestep > self.latest else self.guidance_scale
 
     def _needed(self) -> list[str]:
@@ -207,8 +197,7 @@ def OppositeGuidance(
     """Push away from the prompt before the transition point, then CFG (paper, OG).
 
     A transition point with eps_u - ``opposite_scale`` (eps_c - eps_u) before it: the static one at ``start`` (OG + STP;
-    650 in the official script), or the dynamic one (OG + DTP), which is found on the way. The official script finds it
-    on a run of its own.
+    650 in the official script), or the dynamic one (OG + DTP), which the official script finds on a run of its own.
 
     >>> rule = OppositeGuidance(start=650, guidance_scale=7.5, opposite_scale=2.0)
     >>> rule.weight(651), rule.weight(650)
@@ -241,9 +230,7 @@ class GuidanceInterval(WeightedGuidance):
 
 _SHAPES = {  # over u = t / T, from 1 at the start of sampling to 0, each with a mean of 1
     "linear": lambda u: 2 * (1 - u),
-    "inverse_linear": lambda u: 2 * u,
     "cosine": lambda u: 1 + math.cos(math.pi * u),
-    "sine": lambda u: 1 - math.cos(math.pi * u),  # sin(pi u - pi / 2) + 1
     "v": lambda u: 4 / 3 * max(u, 1 - u),
     "a": lambda u: 4 * min(u, 1 - u),
 }
@@ -252,8 +239,8 @@ _SHAPES = {  # over u = t / T, from 1 at the start of sampling to 0, each with a
 class ScheduledGuidance(WeightedGuidance):
     """A guidance scale that changes over t, with mean ``guidance_scale`` (Wang et al. 2024, "CFG weight schedulers").
 
-    "linear" and "cosine" rise while sampling goes on, "inverse_linear" and "sine" fall, "v" is low in the middle, "a"
-    high (the official script has these two the other way round).
+    "linear" and "cosine" rise while sampling goes on, "v" is low in the middle, "a" high (the official script has these
+    two the other way round).
 
     >>> ScheduledGuidance("linear", 7.5).weight(500)
     7.5

@@ -11,7 +11,6 @@ Magnitudes are of epsilon, in units of one latent's norm.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from zlib import crc32
 
 import numpy as np
@@ -29,10 +28,8 @@ def _key(mitigation: Mitigation, seed: int, *more: int) -> list[int]:
 
 def _noise(mitigation: Mitigation, state: State, *more: int) -> Tensor:
     """Unit Gaussian noise of the embeddings' shape, [B, L, E], one stream a sample."""
-    drawn = [
-        np.random.default_rng(_key(mitigation, seed, *more)).standard_normal(state.conditional.shape[1:], np.float32)
-        for seed in state.seeds
-    ]
+    streams = [np.random.default_rng(_key(mitigation, seed, *more)) for seed in state.seeds]
+    drawn = [rng.standard_normal(state.conditional.shape[1:], np.float32) for rng in streams]
     return torch.from_numpy(np.stack(drawn)).to(state.conditional)
 
 
@@ -51,9 +48,6 @@ class _Insertion(Mitigation):
         for _ in range(self.count):
             words.insert(int(rng.integers(len(words) + 1)), self._word(prompt, rng, denoiser))
         return " ".join(words)
-
-    def _word(self, prompt: str, rng: np.random.Generator, denoiser: Denoiser) -> str:
-        raise NotImplementedError
 
 
 class RandomNumbers(_Insertion):
@@ -121,12 +115,9 @@ class ConditionAnnealing(Mitigation):
 class CrossAttentionMask(Mitigation):
     """Cross-attention without the tokens after the prompt, and more of it to the begin token.
 
-    Ren et al., ECCV 2024 (arXiv 2403.11052). The padding after a prompt repeats its end token and sums
-    the prompt up; its logits become minus infinity. Those of the begin token are multiplied by ``begin_scale``.
-
-    Args:
-        begin_scale: c1 of the authors' script, theirs 1.25.
-        keep_end: whether the first end token stays, as in their command, or is masked too.
+    Ren et al., ECCV 2024 (arXiv 2403.11052). The padding after a prompt repeats its end token and sums the prompt up;
+    it is masked, and with ``keep_end=False`` the first end token too. The begin token's logits are multiplied by
+    ``begin_scale``, theirs 1.25.
     """
 
     begin_scale: float = 1.25
@@ -153,28 +144,20 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-def _descend(
-    state: State,
-    start: Tensor,
-    loss: Callable[[Tensor], Tensor],
-    target: float,
-    iterations: int,
-    optimizer: Callable[..., torch.optim.Optimizer],
-    calls: int,
-) -> Tensor:
-    """``start`` [B, ...], changed until ``loss`` [B] is at most ``target`` or ``iterations`` are over.
+def _descend(mitigation, state: State, start: Tensor, loss: Callable, optimizer: type, calls: int) -> Tensor:
+    """``start`` [B, ...], changed until ``loss`` [B] is at most the mitigation's target or its iterations are over.
 
     Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each. Steps are made in float32,
     where the optimizer's squares do not underflow.
     """
     with torch.inference_mode(False), torch.enable_grad():
         variable = start.detach().float().clone().requires_grad_()
-        steps, reached = optimizer([variable]), torch.zeros(len(start), dtype=torch.bool)
-        for iteration in range(iterations + 1):
+        steps, reached = optimizer([variable], lr=mitigation.rate), torch.zeros(len(start), dtype=torch.bool)
+        for iteration in range(mitigation.iterations + 1):
             losses = loss(variable.to(start.dtype))
             state.calls = state.calls + calls * ~reached
-            reached = reached | (losses.detach() <= target).cpu()
-            if reached.all() or iteration == iterations:
+            reached = reached | (losses.detach() <= mitigation.target).cpu()
+            if reached.all() or iteration == mitigation.iterations:
                 break
             state.gradient_passes = state.gradient_passes + calls * ~reached
             before = variable.detach().clone()
@@ -204,8 +187,7 @@ class PromptOptimization(Mitigation):
         def loss(tokens: Tensor) -> Tensor:
             return _norm(_difference(state, state.latents, torch.cat([begin, tokens], 1)))
 
-        optimizer = partial(torch.optim.AdamW, lr=self.rate)
-        moved = _descend(state, state.conditional[:, 1:], loss, self.target, self.iterations, optimizer, 2)
+        moved = _descend(self, state, state.conditional[:, 1:], loss, torch.optim.AdamW, 2)
         state.conditional = torch.cat([begin, moved], 1)
 
     def most_predictions(self):
@@ -228,8 +210,7 @@ class NoiseDescent(Mitigation):
         def loss(latents: Tensor) -> Tensor:
             return _norm(_difference(state, latents, state.conditional))
 
-        optimizer = partial(torch.optim.AdamW, lr=self.rate)
-        state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 2)
+        state.latents = _descend(self, state, state.latents, loss, torch.optim.AdamW, 2)
 
     def most_predictions(self):
         return 2 * (3 * self.iterations + 1)
@@ -282,8 +263,7 @@ class SharpnessAwareNoise(Mitigation):
             ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
             return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
 
-        optimizer = partial(torch.optim.Adam, lr=self.rate)
-        state.latents = _descend(state, state.latents, loss, self.target, self.iterations, optimizer, 4)
+        state.latents = _descend(self, state, state.latents, loss, torch.optim.Adam, 4)
 
     def most_predictions(self):
         return 4 * (3 * self.iterations + 1)

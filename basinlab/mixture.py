@@ -19,11 +19,8 @@ from .models import Denoiser
 class MixtureDenoiser(Denoiser):
     """The exact epsilon of a Gaussian mixture in the plane.
 
-    Args:
-        centres, deviations: [K, 2] and [K], of the components.
-        prompts: weights [K] by prompt; "" is the empty prompt, the unconditional density.
-        scheduler: whose config is the noise schedule; default DPM-Solver on Stable Diffusion's betas.
-        dtype: of the latents; float64 where it is held against a reference.
+    ``centres`` [K, 2] and ``deviations`` [K] are of the components, ``prompts`` have K weights each; "" is the empty
+    prompt, the unconditional density. The scheduler's config is the noise schedule, by default Stable Diffusion's.
 
     >>> world = MixtureDenoiser([(0, 0), (4, 0)], [1, 1], {"": [0.5, 0.5], "right": [0, 1]})
     >>> world.draw(1000, "right")[:, 0].mean().round()
@@ -33,13 +30,9 @@ class MixtureDenoiser(Denoiser):
     latent_shape = (2, 1, 1)
 
     def __init__(
-        self,
-        centres: Sequence[Sequence[float]],
-        deviations: Sequence[float],
-        prompts: Mapping[str, Sequence[float]],
-        scheduler: SchedulerMixin | None = None,
-        dtype: torch.dtype = torch.float32,
-    ):
+        self, centres: Sequence[Sequence[float]], deviations: Sequence[float], prompts: Mapping[str, Sequence[float]],
+        scheduler: SchedulerMixin | None = None, dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         self.name, self.device, self.dtype = "mixture", torch.device("cpu"), dtype
         self.centres = torch.tensor(np.asarray(centres), dtype=dtype)
         self.deviations = torch.tensor(np.asarray(deviations), dtype=dtype)
@@ -57,14 +50,13 @@ class MixtureDenoiser(Denoiser):
     def with_duplicate(cls, share: float = 0.8, **options) -> "MixtureDenoiser":
         """Six broad modes on a ring and one duplicated point.
 
-        The prompt "memorized" means the duplicate in ``share`` of its uses and the first mode in the rest; "ordinary"
-        means the first mode; without a prompt a point is of any mode, or, in one case of a hundred, the duplicate.
+        The prompt "memorized" means the duplicate in ``share`` of its uses and else the first mode, "ordinary" always
+        that one. Without a prompt a point is of any mode, or, in one case of a hundred, the duplicate.
         """
         angles = np.pi / 3 * np.arange(6)
         ring = 6 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        first = np.eye(6)[0]
-        prompts = {"": [*np.full(6, 0.99 / 6), 0.01], "ordinary": [*first, 0.0]}
-        prompts["memorized"] = [*((1 - share) * first), share]
+        prompts = {"": [*np.full(6, 0.99 / 6), 0.01], "ordinary": [1, *np.zeros(6)]}
+        prompts["memorized"] = [1 - share, *np.zeros(5), share]
         return cls([*ring, (2.0, -2.5)], [*[0.9] * 6, 0.05], prompts, **options)
 
     @property
@@ -74,9 +66,8 @@ class MixtureDenoiser(Denoiser):
 
     def fingerprint(self) -> str:
         numbers = torch.cat([self.centres.flatten(), self.deviations, *self.weights.values()])
-        digest = hashlib.sha256(numbers.double().numpy().tobytes())
-        digest.update("\n".join(self.weights).encode())
-        return digest.hexdigest()[:16]
+        names = "\n".join(self.weights).encode()
+        return hashlib.sha256(numbers.double().numpy().tobytes() + names).hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Weights over the components, [B, 1, K]."""
@@ -98,7 +89,7 @@ class MixtureDenoiser(Denoiser):
         return embedding[:, 0].log() - variance.log() - away.square().sum(dim=2) / (2 * variance), away, variance
 
     def log_density(self, latents: Tensor, timestep: int | Tensor, prompt: str) -> Tensor:
-        """log p_t(x | prompt) without its constant, [B]: what a perfect noise-aware classifier would rest on."""
+        """log p_t(x | prompt) without its constant, [B]."""
         return self._parts(latents, timestep, self.embed([prompt]))[0].logsumexp(dim=1)
 
     def classifier_gradient(self, latents: Tensor, timestep: int, prompt: str) -> Tensor:

@@ -1,7 +1,4 @@
-"""From a name to a denoiser.
-
-``load`` reads a Stable Diffusion pipeline (1.x, 2.x or XL), bundled, in a folder or in the Hugging Face cache, and
-gives a ``Denoiser``: Definition 1 of the paper, phi(x, t, e), with text encoder, decoder and noise schedule around it.
+"""From a name to a denoiser: ``load`` gives Definition 1 of the paper, phi(x, t, e), with what belongs around it.
 
 Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are those of the training
 schedule, from T - 1 = 999 down to 0.
@@ -12,7 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +37,11 @@ def data_folder() -> Path:
 
 
 class Denoiser:
-    """phi: X x (0, T] x E -> X (paper, Definition 1), with what belongs around it.
+    """phi: X x (0, T] x E -> X (paper, Definition 1).
 
-    A subclass has the attributes below; its scheduler's config is the noise schedule. Its methods: ``embed(prompts)``
-    gives embeddings e, [B, L, E], with "" for the unconditional prediction; ``self(latents, timestep, embedding)`` the
-    prediction, [B, C, H, W], in the kind (epsilon or v) that the scheduler takes; ``decode(latents)`` pictures of clean
-    latents; ``fingerprint()`` a digest of the weights in use.
+    A subclass has the attributes below; its scheduler's config is the noise schedule. ``embed(prompts)`` gives
+    embeddings e, [B, L, E]; ``self(latents, timestep, embedding)`` the prediction, [B, C, H, W], epsilon or v as the
+    scheduler says; ``decode(latents)`` pictures; ``fingerprint()`` a digest of the weights in use.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()  # one in closed form
@@ -100,9 +96,7 @@ class Denoiser:
 class TokenAttention:
     """A diffusers attention processor whose cross-attention weighs tokens: logits times ``token_scale``, 0 masks."""
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, token_scale=None
-    ):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *, token_scale=None, **unused):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
@@ -141,7 +135,7 @@ class StableDiffusion(Denoiser):
         return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of ``prompts``, [B, L, E]. Warns of the words that are beyond the text encoder's length."""
+        """Text states of ``prompts``, [B, L, E]. Warns of words beyond the text encoder's length."""
         self._warn_of_cuts(prompts)
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
@@ -157,10 +151,7 @@ class StableDiffusion(Denoiser):
                 warnings.warn(f"the text encoder takes {length - 2} tokens; of {prompt!r} {cut!r} is cut", stacklevel=3)
 
     def __call__(self, latents, timestep, embedding, token_scale: Tensor | None = None) -> Tensor:
-        """The prediction [B, C, H, W]. ``token_scale`` [B, L] multiplies the logits of the attention to each token.
-
-        A factor of 0 masks the token. Differentiable where ``latents`` or ``embedding`` requires a gradient.
-        """
+        """The prediction [B, C, H, W], differentiable where an input is. ``token_scale`` [B, L]: `TokenAttention`."""
         inputs = self._inputs(latents, embedding)
         with torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)):
             if token_scale is None:
@@ -176,20 +167,18 @@ class StableDiffusion(Denoiser):
     def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
         return {"encoder_hidden_states": embedding}
 
-    def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
-        """Pictures [B, 3, height, width] float32 in 0..1, on the CPU; by default as many at once as 64 of 16 x 16."""
-        scale, size = self.vae.config.scaling_factor, batch_size or max(1, 64 * 256 // latents[0, 0].numel())
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] float32 in 0..1, on the CPU, made as many at once as 64 of 16 x 16 latents."""
         with torch.inference_mode():
-            parts = latents.split(size)
-            pixels = [self.vae.decode(x.to(self.device, self.vae.dtype) / scale).sample.float() for x in parts]
+            parts = [x.to(self.device, self.vae.dtype) for x in latents.split(max(1, 2**14 // latents[0, 0].numel()))]
+            pixels = [self.vae.decode(part / self.vae.config.scaling_factor).sample.float() for part in parts]
             return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1).cpu()
 
-    def encode(self, pictures: Tensor, batch_size: int | None = None) -> Tensor:
+    def encode(self, pictures: Tensor) -> Tensor:
         """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
-        size = batch_size or max(1, 64 * 64 * 64 // pictures[0, 0].numel())
         with torch.inference_mode():
-            parts = [x.to(self.device, self.vae.dtype) * 2 - 1 for x in pictures.split(size)]
-            means = torch.cat([self.vae.encode(part).latent_dist.mean for part in parts])
+            parts = [x.to(self.device, self.vae.dtype) for x in pictures.split(max(1, 2**18 // pictures[0, 0].numel()))]
+            means = torch.cat([self.vae.encode(part * 2 - 1).latent_dist.mean for part in parts])
             return means.float().cpu() * self.vae.config.scaling_factor
 
 
@@ -223,20 +212,16 @@ _KINDS = {  # diffusers' class, ours, and how to load it without what is not nee
 
 
 def load(
-    name: str | Path,
-    *,
-    unet: str | Path | None = None,
-    resolution: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> StableDiffusion:
+    name: str | Path, *, unet: str | Path | None = None, resolution: int | None = None,
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+) -> StableDiffusion:  # fmt: skip
     """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
 
     Args:
         name: a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id of one that
             is in the Hugging Face cache. Nothing is downloaded, and only safetensors are read.
         unet: folder of a fine-tuned U-Net: all its weights, or those that differ from the U-Net of ``name``.
-        resolution: side of the pictures in pixels, for a U-Net that was fine-tuned at another one; default its own.
+        resolution: side of the pictures in pixels, where it is not the U-Net's own.
 
     Raises ValueError for what would give wrong predictions, and OSError for a file that is missing or damaged.
 
@@ -254,21 +239,18 @@ def load(
     scheduler, shape = _scheduler(pipeline, folder), _latent_shape(pipeline, resolution)
     if unet is not None:
         _overlay(pipeline.unet, Path(unet), folder)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
+    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
+        part.eval().requires_grad_(False)
     called = own.name if own.resolve() == (data_folder() / own.name).resolve() else str(name)
     return kind(called, pipeline.to(device), torch.device(device), shape, scheduler)
 
 
 def _folder(name: str) -> Path:
-    """The folder called ``name``: a path, a bundled checkpoint, or one of the Hugging Face cache."""
     for folder in (Path(name), data_folder() / name):
         if folder.is_dir():
             return folder
     with suppress(HFValidationError):
-        index = try_to_load_from_cache(name, "model_index.json")
-        if isinstance(index, str):
+        if isinstance(index := try_to_load_from_cache(name, "model_index.json"), str):
             return Path(index).parent
     bundled = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
@@ -279,7 +261,7 @@ def _folder(name: str) -> Path:
 
 
 def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
-    """The folder of the pipeline, and the U-Net over it: a bundled fine-tuned checkpoint names its base."""
+    """The folders of the pipeline and of the U-Net over it: a bundled fine-tuned checkpoint names its base."""
     if not (own / "base.json").exists():
         return own, unet
     settings = json.loads((own / "base.json").read_text())
@@ -291,7 +273,6 @@ def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
 
 
 def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
-    """Our class for the pipeline in ``folder``, and diffusers' pipeline."""
     if not (folder / "model_index.json").exists():
         raise ValueError(f"{folder} has no model_index.json: give a folder that a pipeline's save_pretrained wrote")
     parts = json.loads((folder / "model_index.json").read_text())
@@ -303,17 +284,16 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
             raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
     halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
     whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
-    variant = "fp16" if halves - whole else None
-    options = {**options, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
-        pipeline = theirs.from_pretrained(folder, dtype=dtype, **options)
+        pipeline = theirs.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
     return ours, pipeline
 
 
 def _scheduler(pipeline: DiffusionPipeline, folder: Path) -> SchedulerMixin:
-    """The paper's solver on the pipeline's noise schedule. Raises ValueError for one that would be misread."""
+    """The paper's solver on the pipeline's noise schedule."""
     theirs, vae = pipeline.scheduler, pipeline.vae.config
     config, kind = theirs.config, theirs.config.get("prediction_type", "epsilon")
     discrete = hasattr(theirs, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
@@ -331,7 +311,7 @@ def _scheduler(pipeline: DiffusionPipeline, folder: Path) -> SchedulerMixin:
 
 
 def _overlay(unet: torch.nn.Module, folder: Path, base: Path) -> None:
-    """Put the weights in ``folder`` in the place of those of ``unet``, which came from ``base``."""
+    """Put the weights in ``folder`` in the place of those of the U-Net of ``base``."""
     paths = sorted(folder.glob(WEIGHTS.replace(".", "*.")))
     if not paths and (folder / "pytorch_lora_weights.safetensors").exists():
         raise ValueError(f"{folder} holds a LoRA: fuse it into a U-Net with diffusers, and give that U-Net's folder")
@@ -345,19 +325,19 @@ def _overlay(unet: torch.nn.Module, folder: Path, base: Path) -> None:
 
 
 def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-    """C, H, W of the latents: the U-Net's own size, or that of pictures of ``resolution`` pixels."""
-    channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
+    config, factor = pipeline.unet.config, pipeline.vae_scale_factor
     if resolution is None:
-        return (channels, *side) if isinstance(side, list | tuple) else (channels, side, side)
-    least = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        side = config.sample_size
+        return config.in_channels, *(side if isinstance(side, list | tuple) else (side, side))
+    least = factor * 2 ** (len(config.block_out_channels) - 1)
     if not isinstance(resolution, int) or resolution < least or resolution % least:
         raise ValueError(f"resolution is {resolution!r}: give a multiple of {least} pixels")
-    return channels, resolution // pipeline.vae_scale_factor, resolution // pipeline.vae_scale_factor
+    return config.in_channels, resolution // factor, resolution // factor
 
 
 @contextmanager
 def _reading(folder: Path):
-    """Say of a damaged file in which folder it is, and what helps."""
+    """Say of a damaged file where it is, and what helps."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -368,15 +348,13 @@ def _reading(folder: Path):
 
 @contextmanager
 def without_bars():
-    """The libraries' own loading bars off for a while: a notebook would keep them all, stuck at their first state."""
+    """The libraries' loading bars off for a while: a notebook would keep them all, stuck at their first state."""
     shown = [bars for bars in (diffusers_logging, transformers_logging) if bars.is_progress_bar_enabled()]
-    try:
+    with ExitStack() as stack:
         for bars in shown:
             bars.disable_progress_bar()
+            stack.callback(bars.enable_progress_bar)
         yield
-    finally:
-        for bars in shown:
-            bars.enable_progress_bar()
 
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:

@@ -35,17 +35,11 @@ class Projection:
         return pd.DataFrame({"trajectory": trajectory, "t": times, "x": flat[:, 0], "y": flat[:, 1]})
 
 
-def project(
-    states: Tensor, timesteps: Tensor, method: str = "densmap", *, neighbours: int = 30, seed: int = 0
-) -> Projection:
-    """Project the states of several trajectories together into two dimensions.
+def project(states: Tensor, timesteps: Tensor, method: str = "densmap", neighbours: int = 30) -> Projection:
+    """Project states [B, S, ...] of several trajectories, such as `Trajectory.predicted`, into two dimensions together.
 
-    Args:
-        states: [B, S, ...], such as `Trajectory.predicted`; B S points of any shape.
-        timesteps: [S].
-        method: "densmap" or "umap".
-        neighbours: of UMAP's graph; large enough to reach across trajectories, not only along them.
-        seed: of UMAP's layout; the same seed gives the same picture.
+    ``method`` is "densmap" or "umap". ``neighbours`` of its graph are enough to reach across trajectories. The picture
+    is the same at every call.
     """
     from umap import UMAP  # takes seconds to import
 
@@ -56,5 +50,5 @@ def project(
     if len(points) < 5 or finite < len(points):
         raise ValueError(f"{len(points)} points, {finite} of them finite: give 5 or more")
     nearest = min(neighbours, len(points) - 1)
-    mapper = UMAP(n_neighbors=nearest, densmap=method == "densmap", random_state=seed, n_jobs=1)
+    mapper = UMAP(n_neighbors=nearest, densmap=method == "densmap", random_state=0, n_jobs=1)
     return Projection(mapper.fit_transform(points).reshape(*states.shape[:2], 2), timesteps.numpy(), method)

@@ -29,25 +29,26 @@ class Samples:
     """What a trajectory and a sweep share: B samples, prompt-major: all seeds of the first prompt, then of the next."""
 
     def __repr__(self) -> str:
-        shape, prompts = list(self.latents.shape), len(set(self.prompts))
-        return f"{type(self).__name__}({len(self)} samples of {prompts} prompts, latents {shape})"
+        prompts = len(set(self.prompts))
+        return f"{type(self).__name__}({len(self)} samples of {prompts} prompts, latents {list(self.latents.shape)})"
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def images(self) -> Tensor:
-        """The final pictures, [B, 3, height, width] in 0..1, of a sweep [B, F, ...], decoded at the first call."""
+        """The final pictures, [B, 3, height, width] in 0..1, of a sweep [B, F, ...]; decoded once."""
         if not hasattr(self, "_images"):
             self._images = decoded(self.denoiser, self.ends)
         return self._images
 
     def table(self) -> pd.DataFrame:
         """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) calls, gradient_passes."""
-        starts = getattr(self, "starts", [None])
         table = pd.DataFrame({"prompt": self.prompts, "seed": self.seeds}).assign(calls=self.network_calls)
         table["gradient_passes"] = getattr(self, "gradient_passes", 0 * self.network_calls)
-        table = table.loc[table.index.repeat(len(starts))].reset_index(drop=True)
-        return table if starts == [None] else table.assign(start=np.tile(starts, len(self)))
+        if not hasattr(self, "starts"):
+            return table
+        table = table.loc[table.index.repeat(len(self.starts))].reset_index(drop=True)
+        return table.assign(start=np.tile(self.starts, len(self)))
 
 
 def decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
@@ -59,17 +60,6 @@ def decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
 class Trajectory(Samples):
     """B sampling runs of S steps.
 
-    Attributes:
-        prompts, seeds: B of each.
-        timesteps: [S] of the training schedule, falling; ints, but for schedulers that stop between them.
-        latents: [B, S+1, C, H, W], from the initial noise to the clean latents; with ``record=False`` the last only.
-        predicted: [B, S, C, H, W], the clean latents predicted at each step under guidance; None with ``record=False``.
-        guidance_magnitude: [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made.
-        transition_point: [B], the first timestep at which the full guidance acted; NaN where the guidance has no such
-            point, or a dynamic one found none.
-        network_calls: [B], conditional plus unconditional predictions, those of mitigations included.
-        gradient_passes: [B], how many of them were differentiated.
-
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
     >>> run = sample(world, ["memorized", "ordinary"], [0, 1, 2], steps=10, progress=False)
@@ -79,26 +69,25 @@ class Trajectory(Samples):
 
     prompts: list[str]
     seeds: list[int]
-    timesteps: Tensor
-    latents: Tensor
-    predicted: Tensor | None
-    guidance_magnitude: Tensor
-    transition_point: Tensor
-    network_calls: Tensor
-    gradient_passes: Tensor
+    timesteps: Tensor  # [S], falling; ints, but for schedulers that stop between them
+    latents: Tensor  # [B, S+1, C, H, W], from the initial noise to the clean latents; without ``record`` the last only
+    predicted: Tensor | None  # [B, S, C, H, W], clean latents predicted under guidance; None without ``record``
+    guidance_magnitude: Tensor  # [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made
+    transition_point: Tensor  # [B], the first timestep at which the full guidance acted; NaN for none
+    network_calls: Tensor  # [B], predictions made, those of mitigations included
+    gradient_passes: Tensor  # [B], how many of them were differentiated
     denoiser: Denoiser
 
     @property
     def ends(self) -> Tensor:
-        """The clean latents, [B, C, H, W]."""
         return self.latents[:, -1]
 
     def predicted_images(self, steps: Sequence[int]) -> Tensor:
-        """The clean pictures predicted at ``steps`` (indices into ``timesteps``), [B, len(steps), 3, h, w]."""
+        """The clean pictures predicted at ``steps``, indices into ``timesteps``: [B, len(steps), 3, h, w]."""
         return decoded(self.denoiser, self.recorded("predicted")[:, list(steps)])
 
     def recorded(self, name: str) -> Tensor:
-        """``latents`` or ``predicted`` of all steps. Raises ValueError where only the last latents were kept."""
+        """``latents`` or ``predicted`` of all steps."""
         if self.predicted is None:
             raise ValueError("this trajectory kept its last latents only: sample again with record=True")
         return getattr(self, name)
@@ -111,8 +100,7 @@ class Trajectory(Samples):
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "Trajectory":
         """Some of the runs: by index, slice or a list of indices."""
-        rows = np.atleast_1d(np.arange(len(self))[rows]).tolist()
-        return _of_samples([self], rows)
+        return _of_samples([self], np.atleast_1d(np.arange(len(self))[rows]).tolist())
 
 
 def _of_samples(items: Sequence, rows: Sequence[int] | None = None):
@@ -133,36 +121,25 @@ SHARED = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations") 
 
 @dataclass
 class State:
-    """B samples before one step, as a `Mitigation` sees and changes them.
-
-    Attributes:
-        prompts, seeds, texts: B of each; ``texts`` are embedded, the prompts as mitigations left them.
-        latents: [B, C, H, W].
-        conditional, unconditional: [B, L, E] and [1, L, E], the embeddings of the texts and of "".
-        generators: B, of the noise that a stochastic scheduler adds.
-        calls, gradient_passes: [B], predictions made so far, and how many of them were differentiated.
-        scheduler: the solver with the samples' history.
-        token_scale: [B, L], factors of the cross-attention's logits to each token; 0 masks it; None changes nothing.
-    """
+    """B samples before one step, as a `Mitigation` sees and changes them."""
 
     denoiser: Denoiser
     prompts: list[str]
     seeds: list[int]
-    texts: list[str]
-    latents: Tensor
-    conditional: Tensor
-    unconditional: Tensor
-    generators: list[torch.Generator]
-    calls: Tensor
-    gradient_passes: Tensor
-    scheduler: SchedulerMixin
+    texts: list[str]  # which are embedded: the prompts as mitigations left them
+    latents: Tensor  # [B, C, H, W]
+    conditional: Tensor  # [B, L, E], the embeddings of the texts
+    unconditional: Tensor  # [1, L, E], of ""
+    generators: list[torch.Generator]  # of the noise that a stochastic scheduler adds
+    calls: Tensor  # [B], predictions made so far
+    gradient_passes: Tensor  # [B], how many of them were differentiated
+    scheduler: SchedulerMixin  # the solver with the samples' history
     mitigations: "Sequence[Mitigation]" = ()
-    token_scale: Tensor | None = None
+    token_scale: Tensor | None = None  # [B, L], factors of the cross-attention's logits to each token; 0 masks it
 
     def pick(self, rows: Sequence[int]) -> "State":
         """A copy of some of the samples, with their history."""
-        rows = list(rows)
-        picked = _of_samples([self], rows)
+        picked = _of_samples([self], rows := list(rows))
         picked.generators = [generator.clone_state() for generator in picked.generators]
         picked.scheduler = _scheduler_of([self], lambda values: values[0][rows])
         return picked
@@ -207,9 +184,6 @@ class Mitigation:
         return 0
 
 
-# The loop
-
-
 BOTH = ("pred_cond", "pred_uncond")  # diffusers' names of the two predictions
 
 
@@ -217,7 +191,7 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
     """Take the samples of ``state``, in place, from step ``first`` to the last.
 
     Only the predictions that ``guidance`` needs are made; with ``measure`` both. Guidance sees epsilon, whatever the
-    network predicts. Yields, after each step, the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
+    network predicts. Yields after each step the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
     """
     denoiser, timesteps = state.denoiser, state.scheduler.timesteps
     for step in range(first, len(timesteps)):
@@ -232,7 +206,11 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         noise = {"generator": state.generators} if takes_noise else {}
         state.latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
         _check_finite(state, step, t)
-        yield clean, _magnitude(predictions, state.latents)
+        magnitude = torch.full((len(clean),), torch.nan)  # where one prediction was made
+        if len(predictions) == 2:
+            difference = predictions["pred_cond"] - predictions["pred_uncond"]
+            magnitude = difference.flatten(1).float().norm(dim=1).cpu()
+        yield clean, magnitude
 
 
 def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -251,26 +229,14 @@ def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     return dict(zip(names, (outputs * state.denoiser.epsilon_scale(t)).chunk(len(names)), strict=True))
 
 
-def _magnitude(predictions: dict[str, Tensor], latents: Tensor) -> Tensor:
-    """||eps_c - eps_u||_2, [B], on the CPU; NaN where only one of them was made."""
-    if len(predictions) < 2:
-        return torch.full((len(latents),), torch.nan)
-    return (predictions["pred_cond"] - predictions["pred_uncond"]).flatten(1).float().norm(dim=1).cpu()
-
-
 def _check_finite(state: State, step: int, t: Tensor) -> None:
     if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
-        prompt, seed = state.prompts[int(bad[0])], state.seeds[int(bad[0])]
-        raise FloatingPointError(
-            f"latents of {prompt!r}, seed {seed}, are not finite after step {step} (t = {int(t)}): "
-            "use float32, a smaller guidance scale or more steps"
-        )
+        sample, when = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}", f"step {step} (t = {int(t)})"
+        cure = "use float32, a smaller guidance scale or more steps"
+        raise FloatingPointError(f"latents of {sample}, are not finite after {when}: {cure}")
 
 
-def run_steps(
-    state: State, guidance: BaseGuidance, first: int, bar: tqdm, record: bool = True, measure: bool = False
-) -> Trajectory:
-    """All steps of ``state`` from ``first`` on."""
+def run_steps(state: State, guidance: BaseGuidance, first: int, bar: tqdm, record=True, measure=False) -> Trajectory:
     guidance, latents, predicted, magnitudes = fresh(guidance), [state.latents], [], []
     for clean, magnitude in sampling_steps(state, guidance, first, measure):
         magnitudes.append(magnitude)
@@ -285,9 +251,6 @@ def run_steps(
     return Trajectory(state.prompts, state.seeds, *states, *rest, state.denoiser)
 
 
-# What the loop begins with
-
-
 def fresh(guidance: BaseGuidance) -> BaseGuidance:
     """A copy of a guider that has seen no step yet."""
     guidance = copy.deepcopy(guidance)
@@ -296,10 +259,8 @@ def fresh(guidance: BaseGuidance) -> BaseGuidance:
 
 
 def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> SchedulerMixin:
-    """A fresh scheduler, the denoiser's own or the diffusers class called ``name``, set to ``steps``."""
-    kind = type(denoiser.scheduler)
-    if name is not None:
-        kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    """The denoiser's own scheduler, or the diffusers class called ``name``, set to ``steps``."""
+    kind = type(denoiser.scheduler) if name is None else getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {name!r}; give the name of a class, such as 'DDIMScheduler'")
     if not 1 <= steps <= denoiser.train_timesteps:
@@ -328,23 +289,18 @@ def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
         raise ValueError(f"prompts is a {type(prompts).__name__}: give its texts, such as table['prompt']")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     try:
-        seeds = [operator.index(seed) for seed in np.atleast_1d(np.asarray(seeds, object))]
+        whole = [operator.index(seed) for seed in np.atleast_1d(np.asarray(seeds, object))]
     except TypeError:
-        raise ValueError(f"seeds are {seeds!r}: give whole numbers from 0 on") from None
-    if not prompts or not seeds:
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one of each")
+        whole = []
+    if not prompts or not whole or min(whole) < 0:
+        raise ValueError(f"{len(prompts)} prompts, seeds {seeds!r}: give one of each at least, seeds from 0 on")
     for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"the prompt {prompt!r} is not a text")
-        if not prompt.strip():
-            raise ValueError(f"the prompt {prompt!r} is empty; for unconditional sampling use ConstantGuidance(0)")
-    if min(seeds) < 0:
-        raise ValueError(f"seed {min(seeds)} is negative: give whole numbers from 0 on")
-    for given in (prompts, seeds):
-        if len(set(given)) < len(given):
-            again = next(x for i, x in enumerate(given) if x in given[:i])
-            raise ValueError(f"{again!r} is given twice: equal samples would count as several")
-    return [(prompt, seed) for prompt in prompts for seed in seeds]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"the prompt {prompt!r} is no text; for unconditional sampling use ConstantGuidance(0)")
+    for given in (prompts, whole):
+        if again := [x for i, x in enumerate(given) if x in given[:i]]:
+            raise ValueError(f"{again[0]!r} is given twice: equal samples would count as several")
+    return [(prompt, seed) for prompt in prompts for seed in whole]
 
 
 Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
@@ -352,8 +308,8 @@ Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | 
 
 def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
     """The guidance among ``mitigations``, CFG 7.5 where there is none, and the others in their order."""
-    mitigations = [] if mitigations is None else mitigations
-    mitigations = mitigations if isinstance(mitigations, list | tuple) else [mitigations]
+    if not isinstance(mitigations, list | tuple):
+        mitigations = [] if mitigations is None else [mitigations]
     if wrong := [m for m in mitigations if not isinstance(m, BaseGuidance | Mitigation)]:
         raise ValueError(f"{wrong[0]!r} is no guidance and no mitigation: give an object such as ConstantGuidance(7.5)")
     guidances = [m for m in mitigations if isinstance(m, BaseGuidance)] or [ConstantGuidance()]
@@ -363,11 +319,11 @@ def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
 
 
 def only_guidance(guidance: BaseGuidance | None) -> BaseGuidance:
-    """``guidance``, or CFG 7.5. Raises ValueError for another mitigation, which acts on whole runs."""
+    """A fresh copy of ``guidance``, or CFG 7.5. Another mitigation, which acts on whole runs, is refused."""
     found, others = split(guidance)
     if others:
         raise ValueError(f"{type(others[0]).__name__} acts on samples from their initial noise on: give a guidance")
-    return found
+    return fresh(found)
 
 
 def begin(denoiser: Denoiser, pairs, steps: int, scheduler: str | None, mitigations=(), latents=None) -> State:
@@ -393,24 +349,15 @@ def blocks(items: Sequence, size: int) -> list[Sequence]:
 
 
 def sample(
-    denoiser: Denoiser,
-    prompts: str | Sequence[str],
-    seeds: int | Sequence[int],
-    mitigations: Mitigations = None,
-    *,
-    steps: int = 50,
-    scheduler: str | None = None,
-    batch_size: int = 32,
-    record: bool = True,
-    measure: bool = False,
+    denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], mitigations: Mitigations = None, *,
+    steps: int = 50, scheduler: str | None = None, batch_size: int = 32, record: bool = True, measure: bool = False,
     progress: bool = True,
-) -> Trajectory:
+) -> Trajectory:  # fmt: skip
     """Sample every prompt with every seed.
 
     Args:
         mitigations: one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
             diffusers guider with a conditional and an unconditional prediction; without one it is CFG 7.5.
-        steps: S, of the scheduler.
         scheduler: name of a diffusers scheduler class; default the checkpoint's own.
         batch_size: runs that go through the network together; bounds memory, not results.
         record: keep all latents and predictions, not the last latents only.
@@ -434,18 +381,10 @@ def sample(
 
 
 def sample_from(
-    denoiser: Denoiser,
-    prompts: Sequence[str],
-    latents: Tensor,
-    timestep: int,
-    guidance: BaseGuidance | None = None,
-    *,
-    seeds: Sequence[int] | None = None,
-    steps: int = 50,
-    scheduler: str | None = None,
-    batch_size: int = 32,
+    denoiser: Denoiser, prompts: Sequence[str], latents: Tensor, timestep: int, guidance: BaseGuidance | None = None, *,
+    seeds: Sequence[int] | None = None, steps: int = 50, scheduler: str | None = None, batch_size: int = 32,
     progress: bool = True,
-) -> Trajectory:
+) -> Trajectory:  # fmt: skip
     """Go on from states x_t [B, C, H, W] at ``timestep``, one prompt each. A multistep solver starts without history.
 
     ``seeds`` are of the noise that a stochastic scheduler adds, by default 0.

@@ -1,7 +1,6 @@
 """What is kept on disk, and found again: a run that was killed makes only what is missing.
 
-A file's name ends with a digest of the settings that it was made with. Other settings are another file: nothing is
-mixed in, and nothing has to be compared.
+A file's name ends with a digest of the settings that it was made with. Other settings are another file.
 """
 
 import hashlib

@@ -71,8 +71,7 @@ def exact():
     return MixtureDenoiser.with_duplicate(0.8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("prompt", ["", "memorized", "ordinary"])
-@pytest.mark.parametrize("t", [999, 500, 20])
+@pytest.mark.parametrize("prompt, t", [("", 999), ("memorized", 500), ("ordinary", 500), ("memorized", 20)])
 def test_epsilon_is_the_score_of_the_noised_mixture(exact, prompt, t):
     x = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
     alpha_bar = ALPHA_BARS[t]
@@ -100,7 +99,8 @@ def test_clean_points_are_drawn_in_the_captions_shares(exact):
 
 @pytest.mark.parametrize("weight", [0.0, SCALE])
 def test_sampling_follows_the_probability_flow(exact, weight):
-    run = basinlab.sample(exact, "memorized", range(200), ConstantGuidance(weight), steps=500, progress=False)
+    options = {"steps": 250, "batch_size": 200, "progress": False}
+    run = basinlab.sample(exact, "memorized", range(200), ConstantGuidance(weight), **options)
     x = run.latents[:, 0].flatten(1).double().numpy()
     error = np.linalg.norm(run.images().flatten(1).numpy() - ends(x, 999, weight), axis=1)
     # the sampler's last step goes to the mean of what is possible, inside a point that is 0.05 wide
@@ -138,8 +138,8 @@ def test_basin_is_the_set_from_which_the_flow_is_captured(exact):
 
 
 def test_transition_points_are_those_of_the_flow(exact):
-    seeds = range(100)
-    sweep = basinlab.sweep(exact, "memorized", seeds, after=ConstantGuidance(SCALE), steps=100, progress=False)
+    seeds, options = range(100), {"steps": 100, "batch_size": 2000, "progress": False}
+    sweep = basinlab.sweep(exact, "memorized", seeds, after=ConstantGuidance(SCALE), **options)
     copied = PlaneDistance()(sweep.images().flatten(0, 1), exact.duplicate) <= RADIUS
     points = basin.transition_points(sweep.table().assign(copied=copied))
     x = basinlab.sampling.initial_noise(exact, seeds).flatten(1).double().numpy()
@@ -160,25 +160,25 @@ def test_transition_points_are_those_of_the_flow(exact):
 
 
 def test_funnel_width_is_that_of_the_basin(exact):
-    run = basinlab.sample(exact, "memorized", range(40), ConstantGuidance(SCALE), steps=100, progress=False)
-    run = run[np.flatnonzero(captured(run.images().flatten(1).numpy()))]
-    times = run.timesteps[[40, 85]].tolist()
-    radii = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
-    attractors = exact.duplicate.expand(len(run), 2, 1, 1)
     guidance = ConstantGuidance(SCALE)
-    table = basin.escapes(run, attractors, PlaneDistance(), RADIUS, times, radii, guidance, progress=False)
+    run = basinlab.sample(exact, "memorized", range(40), guidance, steps=100, batch_size=40, progress=False)
+    run = run[np.flatnonzero(captured(run.images().flatten(1).numpy()))]
+    times, radii = run.timesteps[[40, 85]].tolist(), [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    attractors = exact.duplicate.expand(len(run), 2, 1, 1)
+    options = {"batch_size": 500, "progress": False}
+    table = basin.escapes(run, attractors, PlaneDistance(), RADIUS, times, radii, guidance, **options)
     widths = basin.funnel_width(table).set_index("t")
     for t in times:
         states = run.latents[:, run.timesteps.tolist().index(t)].flatten(1).double().numpy()
         # every direction, not one a trajectory
         around = np.linspace(0, 2 * np.pi, 12, endpoint=False)
         directions = np.sqrt(2) * np.stack([np.cos(around), np.sin(around)], 1)
-        escaped = []
+        escaped, noise = [], np.sqrt(1 - ALPHA_BARS[t])
         for r in radii:
-            pushed = states[:, None] + r * np.sqrt(1 - ALPHA_BARS[t]) * directions
+            pushed = states[:, None] + r * noise * directions
             escaped.append(1 - captured(ends(pushed.reshape(-1, 2), t)).mean())
-        assert escaped[0] == 0 and table.query("radius == 0 and t == @t")["escaped"].mean() == 0
-        expected = np.interp(0.5, escaped, radii)
+        assert escaped[0] == 0 and table.query("push == 0 and t == @t")["escaped"].mean() == 0
+        expected = noise * np.interp(0.5, escaped, radii)
         assert widths.loc[t, "low"] - 0.3 <= expected <= widths.loc[t, "high"] + 0.3
 
 

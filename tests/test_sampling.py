@@ -56,12 +56,9 @@ def alpha_bars():
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-@pytest.mark.parametrize(
-    "scheduler",
-    ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"],
-)
+@pytest.mark.parametrize("scheduler", "DPMSolverMultistep DDIM EulerDiscrete EulerAncestralDiscrete".split())
 def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type, scheduler):
-    kind = getattr(diffusers, scheduler)
+    kind = getattr(diffusers, f"{scheduler}Scheduler")
     # latents are no pixels: as in Stable Diffusion's own configuration they are not clipped to -1..1
     config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
     pipeline.scheduler = kind.from_config(config)
@@ -69,30 +66,14 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
     theirs = pipeline(prompts, generator=generators, **options).images
-    ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=scheduler)
+    ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=kind.__name__)
     assert ours.prompts == prompts and ours.seeds == seeds and len(ours) == 4
     assert ours.latents.shape == (4, STEPS + 1, 4, 16, 16) and ours.predicted.shape == (4, STEPS, 4, 16, 16)
     assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
     close(ours.latents[:, -1], theirs)
 
 
-def test_bundled_checkpoint_samples_as_diffusers_pipeline_does(bundled):
-    pipeline = StableDiffusionPipeline.from_pretrained(basinlab.data_folder() / "emoji-duplicated", safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    prompts = PROMPTS[:1] * 3
-    theirs = pipeline(prompts, num_inference_steps=STEPS, generator=generators, output_type="latent").images
-    close(sample(bundled, PROMPTS[0]).latents[:, -1], theirs)
-
-
-def test_batch_of_one_gives_what_a_batch_of_sixteen_gives(tiny):
-    seeds = range(8)
-    together = sample(tiny, seeds=seeds, steps=5)
-    alone = torch.cat([sample(tiny, p, s, steps=5).latents for p in PROMPTS for s in seeds])
-    close(together.latents, alone)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 5])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_batch_size_changes_no_result(tiny, cfg, batch_size):
     parts = sample(tiny, measure=True, batch_size=batch_size)
     assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
@@ -142,13 +123,6 @@ def test_initial_noise_is_the_cpu_generators(cfg):
     close(cfg.latents[:, 0], torch.stack(expected), share=0)
 
 
-@pytest.mark.parametrize("start", [999, 640, 500, 3, 0])
-def test_network_calls_of_a_delayed_run(tiny, start):
-    run = sample(tiny, mitigations=StaticTransitionPoint(start))
-    expected = sum(1 if t > start else 2 for t in run.timesteps.tolist())
-    assert run.network_calls.tolist() == [expected] * 6
-
-
 def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
     rows = []
     hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
@@ -157,13 +131,14 @@ def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny):
     finally:
         hook.remove()
     assert rows == [6 if t > 500 else 12 for t in run.timesteps.tolist()]
-    assert sum(rows) == run.network_calls.sum()
+    assert run.network_calls.tolist() == [sum(rows) / 6] * 6
 
 
-@pytest.mark.parametrize("start", [999, 500, 0])
+@pytest.mark.parametrize("start", [999, 500])
 def test_delayed_run_follows_the_unguided_one_to_its_start(tiny, cfg, unguided, start):
     run = sample(tiny, mitigations=StaticTransitionPoint(start))
     shared = int((run.timesteps > start).sum())
+    assert run.transition_point.tolist() == [float(run.timesteps[shared])] * 6 and cfg.transition_point.isnan().all()
     close(run.latents[:, : shared + 1], unguided.latents[:, : shared + 1])
     away = (run.latents - unguided.latents)[:, shared + 1 :].flatten(2).norm(dim=2)
     assert (away > 0.01).all()
@@ -171,28 +146,10 @@ def test_delayed_run_follows_the_unguided_one_to_its_start(tiny, cfg, unguided, 
         close(run.latents, cfg.latents)
 
 
-def test_unguided_run_is_the_same_for_every_prompt(unguided):
-    close(unguided.of(PROMPTS[0]).latents, unguided.of(PROMPTS[1]).latents)
-
-
-def test_scale_of_one_is_the_conditional_model(tiny):
-    close(
-        sample(tiny, mitigations=ConstantGuidance(1)).latents,
-        sample(tiny, mitigations=ConstantGuidance(1 + 1e-9)).latents,
-    )
-
-
 def test_diffusers_own_guider_gives_the_same_run(tiny, cfg):
     run = sample(tiny, mitigations=ClassifierFreeGuidance(7.5))
     close(run.latents, cfg.latents)
     assert run.network_calls.tolist() == cfg.network_calls.tolist()
-
-
-def test_the_callers_guidance_is_left_as_it_was(tiny):
-    guidance = StaticTransitionPoint(500)
-    before = copy.deepcopy(guidance.__dict__)
-    sample(tiny, PROMPTS[0], 0, guidance, steps=2)
-    assert guidance.__dict__ == before
 
 
 def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
@@ -206,11 +163,11 @@ def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
     assert measured.network_calls.tolist() == [2 * STEPS] * 6
 
 
-@pytest.mark.parametrize("scale, passes", [(0, 1), (1, 1), (7.5, 2)])
-def test_calls_and_magnitude_of_a_constant_scale(tiny, scale, passes):
-    run = sample(tiny, mitigations=ConstantGuidance(scale))
-    assert run.network_calls.tolist() == [passes * STEPS] * 6
-    assert run.guidance_magnitude.isnan().all() == (passes == 1)
+def test_a_scale_of_one_is_the_conditional_model_from_one_prediction_a_step(tiny, unguided):
+    run = sample(tiny, mitigations=ConstantGuidance(1))
+    close(run.latents, sample(tiny, mitigations=ConstantGuidance(1 + 1e-9)).latents)
+    for found in (run, unguided):
+        assert found.network_calls.tolist() == [STEPS] * 6 and found.guidance_magnitude.isnan().all()
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -252,12 +209,6 @@ def test_dynamic_point_is_that_of_the_epsilon_magnitude(tiny, predicts):
     alone = sample(denoiser, mitigations=DynamicTransitionPoint(5.0, latest=0), batch_size=1, **{"steps": 50, **what})
     assert torch.equal(alone.transition_point.nan_to_num(), run.transition_point.nan_to_num())
     close(alone.latents, run.latents)
-
-
-def test_static_point_is_snapped_and_told(tiny):
-    run = sample(tiny, mitigations=StaticTransitionPoint(600))
-    assert run.transition_point.tolist() == [float(max(t for t in run.timesteps.tolist() if t <= 600))] * 6
-    assert sample(tiny, mitigations=ConstantGuidance(2.0)).transition_point.isnan().all()
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
@@ -307,19 +258,15 @@ def test_pictures_are_the_decoded_latents(tiny, cfg):
 
 
 @pytest.mark.parametrize("prompts, seeds, message", [
-    ([], [0], "0 prompts and 1 seeds: give at least one of each"),
-    (PROMPTS, [], "2 prompts and 0 seeds: give at least one of each"),
-    (["an owl", " \n"], [0], r"is empty; .*ConstantGuidance\(0\)"),
-    ("", [0], "the prompt '' is empty"),
+    ([], [0], r"0 prompts, seeds \[0\]: give one of each at least, seeds from 0 on"),
+    (["an owl", " \n"], [0], r"is no text; .*ConstantGuidance\(0\)"),
+    ("", [0], "the prompt '' is no text"),
     (pd.DataFrame({"prompt": PROMPTS}), [0], r"prompts is a DataFrame: give its texts, such as table\['prompt'\]"),
-    (["an owl", np.nan], [0], "the prompt nan is not a text"),
-    ([PROMPTS], [0], "is not a text"),
+    (["an owl", np.nan], [0], "the prompt nan is no text"),
+    ([PROMPTS], [0], "is no text"),
     (["an owl", "a null", "an owl"], [0], "'an owl' is given twice"),
     (PROMPTS, [0, 7, 0], "0 is given twice"),
-    (PROMPTS, [0.5], "give whole numbers from 0 on"),
-    (PROMPTS, 1.0, "give whole numbers from 0 on"),
-    (PROMPTS, "0", "give whole numbers from 0 on"),
-    (PROMPTS, [3, -1], "seed -1 is negative"),
+    *[(PROMPTS, seeds, "2 prompts, seeds .* from 0 on") for seeds in ([], [0.5], 1.0, "0", [3, -1])],
 ])  # fmt: skip
 def test_prompts_and_seeds_that_would_be_misread_are_refused(tiny, prompts, seeds, message):
     for function in (basinlab.sample, basinlab.sweep):
@@ -353,7 +300,7 @@ def test_a_mitigation_alone_and_lists_of_any_order_are_the_same(tiny):
     assert all(torch.equal(run.latents, runs[0].latents) for run in runs)
 
 
-@pytest.mark.parametrize("steps", [0, -3, 1001])
+@pytest.mark.parametrize("steps", [0, 1001])
 def test_steps_outside_the_schedule_name_the_range(tiny, steps):
     assert sample(tiny, PROMPTS[0], 0, steps=1).latents.isfinite().all()
     with pytest.raises(ValueError, match=f"steps is {steps}: give 1 to 1000"):
@@ -377,34 +324,30 @@ def poisoned(denoiser, word):
 
 @pytest.mark.parametrize("batch_size", [64, 2])
 def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny, batch_size):
-    timesteps = sample(tiny, PROMPTS[0], 0).timesteps
+    timesteps = torch.tensor(tiny.timesteps(STEPS))
     step = int((timesteps > 500).sum())
     message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {int(timesteps[step])}.*float32"
     with pytest.raises(FloatingPointError, match=message):
         sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
 
 
-def test_a_guidance_that_was_used_before_leaves_no_trace():
-    world = basinlab.MixtureDenoiser.with_duplicate()
-    times = world.timesteps()
-    used, states = DynamicTransitionPoint(3.0), torch.full((4, 2, 1, 1), 2.0)
-    for step in range(3):
-        used.set_state(step, 50, torch.tensor(times[step]))
-        used.forward(*torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(step)))
-    runs = [
-        basinlab.sample_from(world, ["memorized"] * 4, states, times[20], guidance, progress=False)
-        for guidance in (used, DynamicTransitionPoint(3.0))
-    ]
-    assert torch.equal(runs[0].latents, runs[1].latents)
-    assert torch.equal(runs[0].transition_point.isnan(), runs[1].transition_point.isnan())
-
-
-@pytest.mark.parametrize(
-    "scheduler", ["IPNDMScheduler", "EDMEulerScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler"]
-)
+@pytest.mark.parametrize("scheduler", "IPNDM EDMEuler DDIMInverse CogVideoXDDIM".split())
 def test_a_scheduler_that_does_not_go_down_the_models_schedule_is_refused(scheduler):
     with pytest.raises(ValueError, match="does not go down the model's own noise schedule"):
-        sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", scheduler=scheduler)
+        sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", scheduler=f"{scheduler}Scheduler")
+
+
+def test_a_guidance_is_left_as_it_was_and_what_it_saw_before_leaves_no_trace():
+    world, rule = basinlab.MixtureDenoiser.with_duplicate(), DynamicTransitionPoint(3.0)
+    times, states = world.timesteps(), torch.full((4, 2, 1, 1), 2.0)
+    for step in range(3):
+        rule.set_state(step, 50, torch.tensor(times[step]))
+        rule.forward(*torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(step)))
+    before, options = repr(vars(rule)), {"progress": False}
+    rules = (rule, DynamicTransitionPoint(3.0))
+    runs = [basinlab.sample_from(world, ["memorized"] * 4, states, times[20], rule, **options) for rule in rules]
+    assert torch.equal(runs[0].latents, runs[1].latents) and repr(vars(rule)) == before
+    assert torch.equal(runs[0].transition_point.isnan(), runs[1].transition_point.isnan())
 
 
 def test_no_more_texts_are_embedded_at_once_than_samples_go_through_together(tiny, monkeypatch):
