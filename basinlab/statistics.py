@@ -29,7 +29,8 @@ def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2
     rows = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     means = statistic is np.mean and values.ndim == 1  # all at once
     drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # may be infinite: nothing to interpolate
+    tail = (1 - 0.95) / 2  # by rounding just over 0.025, so that as many fall out below as above
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
     return float(low), float(high)
 
 

@@ -1,5 +1,6 @@
 """The comparison: its methods, its grid, and what is read off the table."""
 
+import itertools
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -51,20 +52,15 @@ def test_settings_are_chosen_on_prompts_that_are_not_compared():
 
 
 def test_the_paper_profile_has_the_size_that_is_stated():
-    sizes = {}
-    for name in comparison.SCENARIOS:
+    sizes = {name: {} for name in comparison.SCENARIOS}
+    for name, groups in sizes.items():
         for of, group, rows, seeds, tried in comparison.plan(scenarios.read(name), "paper"):
             if of == "methods":
-                sizes[name, group] = len(rows), len(seeds), len(tried)
-    assert sizes == {
-        ("emoji-duplicated", "memorized"): (32, 4, 18),
-        ("emoji-duplicated", "template"): (16, 4, 18),
-        ("emoji-duplicated", "ordinary"): (32, 4, 18),
-        ("emoji-finetuned", "memorized"): (16, 4, 18),
-        ("emoji-finetuned", "ordinary"): (16, 4, 18),
-        ("emoji-classes", "memorized"): (10, 4, 18),  # there are no more classes
-        ("emoji-classes", "ordinary"): (16, 4, 18),
-    }
+                groups[group] = len(rows)
+                assert (len(seeds), len(tried)) == (4, 18)
+    assert sizes["emoji-duplicated"] == {"memorized": 32, "template": 16, "ordinary": 32}
+    assert sizes["emoji-finetuned"] == {"memorized": 16, "ordinary": 16}
+    assert sizes["emoji-classes"] == {"memorized": 10, "ordinary": 16}  # there are no more classes
 
 
 # The grid
@@ -86,8 +82,10 @@ class Plain:
         return table.assign(seed=run.seeds, end=run.latents[:, -1].flatten(1).tolist())
 
 
-def grid(folder, judges=None, methods=None, **changed):
-    prompts = changed.pop("prompts", pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"]}))
+PROMPTS = pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"]})
+
+
+def grid(folder, judges=None, methods=None, prompts=PROMPTS, **changed):
     world = basinlab.MixtureDenoiser.with_duplicate()
     methods = methods or {"CFG": [basinlab.ConstantGuidance(3.0)], "none": [basinlab.ConstantGuidance(np.int64(0))]}
     options = {"steps": 4, "block": 1, **changed}
@@ -96,12 +94,13 @@ def grid(folder, judges=None, methods=None, **changed):
 
 def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
     whole = grid(tmp_path)
-    assert whole[["method", "object", "seed"]].values.tolist() == [
-        [m, o, s] for m in ("CFG", "none") for o in "ab" for s in (0, 1)
+    assert [*zip(whole["method"], whole["object"], whole["seed"], strict=True)] == [
+        *itertools.product(("CFG", "none"), "ab", (0, 1))
     ]
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == 4
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
+    grid(tmp_path, prompts=PROMPTS.assign(attractor=["/x", "/y"]))  # where pictures lie is no setting
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     others = [
         {"methods": {"CFG": [basinlab.ConstantGuidance(4.0)]}},
@@ -109,16 +108,12 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
         {"judges": Plain(a=2)},
         {"steps": 5},
         {"measure": True},
-        {"prompts": pd.DataFrame({"prompt": ["memorized"], "object": ["c"]})},
+        {"prompts": PROMPTS.assign(object="c")},
     ]
     for changed in others:
         before = len([*tmp_path.iterdir()])
         grid(tmp_path, **changed)
         assert len([*tmp_path.iterdir()]) > before, changed
-    moved = pd.DataFrame({"prompt": ["memorized", "ordinary"], "object": ["a", "b"], "attractor": ["/x", "/y"]})
-    before = len([*tmp_path.iterdir()])
-    grid(tmp_path, prompts=moved)  # where pictures lie is no setting
-    assert len([*tmp_path.iterdir()]) == before
 
 
 def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
@@ -138,13 +133,10 @@ def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
 
 def synthetic(copied: dict[str, float], right: float = 0.8, prompts: int = 20, seeds: int = 5) -> pd.DataFrame:
     """A table in which each method copies at a given rate."""
-    rng, rows = np.random.default_rng(0), []
-    for group in ("memorized", "ordinary"):
-        for name, rate in copied.items():
-            for i in range(prompts):
-                for seed in range(seeds):
-                    rows.append((group, name, f"p{i}", seed, rng.random() < rate, rng.random() < right))
-    table = pd.DataFrame(rows, columns=["group", "method", "prompt", "seed", "copied", "object_right"])
+    keys = itertools.product(("memorized", "ordinary"), copied, [f"p{i}" for i in range(prompts)], range(seeds))
+    table = pd.DataFrame(keys, columns=["group", "method", "prompt", "seed"])
+    drawn = np.random.default_rng(0).random((len(table), 2))
+    table = table.assign(copied=drawn[:, 0] < table["method"].map(copied), object_right=drawn[:, 1] < right)
     table["distance"] = table["nearest"] = 0.1 + 0.5 * ~table["copied"]
     clip = torch.nn.functional.normalize(torch.randn(len(table), 16, generator=torch.manual_seed(0)), dim=1)
     calls = np.where(table["method"] == "CFG", 100, 80)

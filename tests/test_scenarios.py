@@ -16,15 +16,9 @@ from basinlab import basin, scenarios
 
 PAPERS = ("sd14-finetuned", "sd14-webster", "sd21-imagenette", "sd21-laion10k")
 BUNDLED = ("emoji-classes", "emoji-duplicated", "emoji-finetuned")
-LEAST = {
-    "title": "t",
-    "source": "s",
-    "model": "emoji-duplicated",
-    "static_transition_point": 650,
-    "prompts": {"memorized": {"texts": {"a": "an owl", "b": "a tomato"}}},
-    "copy": "descriptor",
-    "alignment": "clip",
-}
+TEXTS = {"memorized": {"texts": {"a": "an owl", "b": "a tomato"}}}
+LEAST = {"title": "t", "source": "s", "model": "emoji-duplicated", "static_transition_point": 650, "prompts": TEXTS}
+LEAST |= {"copy": "descriptor", "alignment": "clip"}
 
 
 def written(folder, **changed):
@@ -75,8 +69,7 @@ def test_what_is_missing_says_where_it_is(tmp_path):
 
 
 def test_references_are_found_by_the_index_or_the_row_of_a_prompt(tmp_path):
-    names = ("a/2.png", "a/1.png", "a/notes.txt", "[b]/3.JPG", "00000/000000001.jpg", "00000/000000001.json")
-    for name in names:
+    for name in "a/2.png a/1.png a/notes.txt [b]/3.JPG 00000/000000001.jpg 00000/000000001.json".split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     prompts = {"memorized": {"texts": {"a": "an owl", "[b]": "a tomato"}}}
@@ -90,15 +83,12 @@ def test_references_are_found_by_the_index_or_the_row_of_a_prompt(tmp_path):
 CAPTION = '"Watch: The ""New"" Video; part\u2028two"'
 
 
-@pytest.mark.parametrize(
-    "format, text",
-    [
-        ("wen", json.dumps({"caption": CAPTION, "index": 7, "url": "https://example.org/a.jpg"}) + "\n"),
-        ("lines", f"{CAPTION}\n"),
-        ("dcr", json.dumps({"/data/x/007.png": [CAPTION, "second"]})),
-        ("csv", "prompt,object\n{}\n".format('"' + CAPTION.replace('"', '""') + '",owl')),
-    ],
-)
+@pytest.mark.parametrize("format, text", [
+    ("wen", json.dumps({"caption": CAPTION, "index": 7, "url": "https://example.org/a.jpg"}) + "\n"),
+    ("lines", f"{CAPTION}\n"),
+    ("dcr", json.dumps({"/data/x/007.png": [CAPTION, "second"]})),
+    ("csv", "prompt,object\n{}\n".format('"' + CAPTION.replace('"', '""') + '",owl')),
+])  # fmt: skip
 def test_every_format_gives_a_prompt_as_it_is_written(tmp_path, format, text):
     path = tmp_path / "list"
     path.write_text(text, encoding="utf-8", newline="")
@@ -110,33 +100,30 @@ def test_every_format_gives_a_prompt_as_it_is_written(tmp_path, format, text):
 def test_texts_beside_pictures(tmp_path):
     for name in "ba":
         (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
-    found = scenarios.read_list(tmp_path, "pairs").to_dict("list")
-    assert found == {"prompt": ["caption a", "caption b"], "index": ["a", "b"]}
+    assert scenarios.read_list(tmp_path, "pairs").values.tolist() == [["caption a", "a"], ["caption b", "b"]]
 
 
 # Judges
 
 
-@pytest.fixture(scope="module")
-def main():
-    return scenarios.read("emoji-duplicated")
+MAIN = scenarios.read("emoji-duplicated")
 
 
 @pytest.fixture(scope="module")
-def judges(main):
-    return scenarios.Judges(main)
+def judges():
+    return scenarios.Judges(MAIN)
 
 
-def test_a_row_says_what_became_of_a_sample(bundled, main, judges):
-    rows = main.table().head(2)
+def test_a_row_says_what_became_of_a_sample(bundled, judges):
+    rows = MAIN.table().head(2)
     run = basinlab.sample(bundled, rows["prompt"].tolist(), [0, 1], steps=4, record=False, progress=False)
-    table = judges(run, main.table())
+    table = judges(run, MAIN.table())
     assert table["prompt"].tolist() == run.prompts and table["seed"].tolist() == run.seeds
     attractors = basinlab.read_pictures(rows["attractor"]).repeat_interleave(2, 0)
     np.testing.assert_allclose(table["distance"], judges.distance(run.images(), attractors), atol=1e-5)
-    everything = judges.distance.pairs(run.images(), basinlab.read_pictures(main.table()["attractor"]))
+    everything = judges.distance.pairs(run.images(), basinlab.read_pictures(MAIN.table()["attractor"]))
     np.testing.assert_allclose(table["nearest"], everything.amin(dim=1), atol=1e-5)
-    assert (table["copied"] == (table["distance"] <= main.radius)).all() and table["copied"].dtype == bool
+    assert (table["copied"] == (table["distance"] <= MAIN.radius)).all() and table["copied"].dtype == bool
     clip = judges.alignment
     score = (clip.picture_features(run.images()) * clip.text_features(run.prompts)).sum(dim=1)
     np.testing.assert_allclose(table["clip_score"], score, atol=1e-5)
@@ -145,33 +132,33 @@ def test_a_row_says_what_became_of_a_sample(bundled, main, judges):
     assert not judges.notices and not {"attractor", "swapped", "start"} & {*table.columns}
 
 
-def test_templates_are_copied_by_their_layout_and_are_no_nearest_picture(bundled, main, judges):
-    rows = main.table("template").head(4)
+def test_templates_are_copied_by_their_layout_and_are_no_nearest_picture(bundled, judges):
+    rows = MAIN.table("template").head(4)
     run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=4, record=False, progress=False)
     run._images = basinlab.read_pictures(rows["swapped"])  # the same layout, another object
     table = judges(run, rows)
-    assert table["copied"].all() and (table["layout"] > main.layout_floor).all()
+    assert table["copied"].all() and (table["layout"] > MAIN.layout_floor).all()
     run._images = basinlab.read_pictures(rows["attractor"])
     table = judges(run, rows)
-    assert (table["distance"] < 1e-5).all() and (table["nearest"] > main.radius).all()  # to the group memorized alone
+    assert (table["distance"] < 1e-5).all() and (table["nearest"] > MAIN.radius).all()  # to the group memorized alone
 
 
-def test_ordinary_prompts_are_copies_of_any_picture(bundled, main, judges):
-    rows = main.table("ordinary").head(2)
+def test_ordinary_prompts_are_copies_of_any_picture(bundled, judges):
+    rows = MAIN.table("ordinary").head(2)
     run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=1, record=False, progress=False)
-    run._images = torch.stack([basinlab.read_pictures(main.table()["attractor"][3:4])[0], torch.ones(3, 64, 64)])
+    run._images = torch.stack([basinlab.read_pictures(MAIN.table()["attractor"][3:4])[0], torch.ones(3, 64, 64)])
     table = judges(run, rows)
     assert table["distance"].isna().all() and table["copied"].tolist() == [True, False]
 
 
-def test_a_sweep_is_judged_as_separate_runs_are(bundled, main, judges):
-    prompts, options = main.table()["prompt"][:2].tolist(), {"steps": 4, "progress": False}
+def test_a_sweep_is_judged_as_separate_runs_are(bundled, judges):
+    prompts, options = MAIN.table()["prompt"][:2].tolist(), {"steps": 4, "progress": False}
     sweep = basinlab.sweep(bundled, prompts, [0, 1], [999, 0], after=basinlab.ConstantGuidance(3.0), **options)
-    table = judges(sweep, main.table())
+    table = judges(sweep, MAIN.table())
     assert table["start"].tolist() == [999, 0] * 4
     for start in (999, 0):
         run = basinlab.sample(bundled, prompts, [0, 1], basinlab.StaticTransitionPoint(start, 3.0), **options)
-        alone = judges(run, main.table()).drop(columns=["calls", "clip"])
+        alone = judges(run, MAIN.table()).drop(columns=["calls", "clip"])
         same = table.query("start == @start").reset_index(drop=True)[[*alone]]
         pd.testing.assert_frame_equal(same, alone, check_exact=False, atol=1e-3, check_dtype=False)
 
