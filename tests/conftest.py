@@ -1,5 +1,8 @@
 """Fixtures shared by the tests: a random pipeline in the bundled world's architecture, and the bundled one."""
 
+import shutil
+import subprocess
+
 import diffusers
 import pytest
 import torch
@@ -11,11 +14,10 @@ from recipe import models
 def bound(expected, share=1e-4):
     """How far latents that should be equal may lie apart: ``share`` of the largest number in ``expected``.
 
-    float32 keeps 7 digits (1.2e-7). Which kernels sum a layer, and in which order, depends on the batch's size and on
-    the CPU, so that one pass through the network is known to about 1e-6 of its largest number. Classifier-free
-    guidance multiplies that by up to 2 x 7.5, and it adds up over the steps: 2e-5 was seen on a CPU without bfloat16
-    units, under every solver. A wrong prompt or seed at a single step moves latents by more than a hundred times the
-    bound (`test_a_wrong_neighbour_is_far_outside_the_bound`).
+    float32 keeps 7 digits. Which kernels sum a layer, and how, depends on the batch's size and on the CPU, so
+    that one pass through the network is known to about 1e-6 of its largest number. Classifier-free guidance multiplies
+    that by up to 2 x 7.5, and it adds up over the steps: 2e-5 was seen on a CPU without bfloat16 units. A wrong prompt
+    or seed at a single step moves latents a hundred times further (`test_a_wrong_neighbour_is_far_outside_the_bound`).
     """
     return share * float(expected.abs().max())
 
@@ -23,6 +25,18 @@ def bound(expected, share=1e-4):
 def close(found, expected, share=1e-4):
     """Assert that ``found`` is ``expected`` as far as float32 goes, see `bound`."""
     torch.testing.assert_close(found, expected, atol=bound(expected, share), rtol=0)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+
+
+def shown(address: str, profile) -> str:
+    """The page at ``address`` after its scripts have run, as Chromium has it."""
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    flags += f" --disable-component-update --window-size=1400,1000 --virtual-time-budget=8000 --user-data-dir={profile}"
+    done = subprocess.run([BROWSER, *flags.split(), "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +50,9 @@ def tiny_folder(tmp_path_factory):
         unet.conv_out.weight.mul_(3)
     vae.register_to_config(scaling_factor=0.8)
     folder = tmp_path_factory.mktemp("tiny")
-    diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=models.text_encoder(words),
-        tokenizer=words,
-        unet=unet,
-        scheduler=models.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    parts = {"vae": vae, "text_encoder": models.text_encoder(words), "tokenizer": words, "unet": unet}
+    pipeline = diffusers.StableDiffusionPipeline(**parts, scheduler=models.scheduler(), **basinlab.models.UNCHECKED)
+    pipeline.save_pretrained(folder)
     return folder
 
 

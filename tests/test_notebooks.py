@@ -15,12 +15,10 @@ NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb
 
 def wordless_pictures(notebook: Path) -> list[int]:
     """Cells with a picture that says nothing to who cannot see it."""
-    return [
-        number
-        for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells)
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {}) and not output.metadata.get("image/png", {}).get("alt")
-    ]
+    cells = enumerate(nbformat.read(notebook, as_version=4).cells)
+    outputs = [(number, output) for number, cell in cells for output in cell.get("outputs", [])]
+    pictures = [(number, x.metadata) for number, x in outputs if "image/png" in x.get("data", {})]
+    return [number for number, metadata in pictures if not metadata.get("image/png", {}).get("alt")]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -31,17 +29,12 @@ def test_every_committed_picture_is_told_in_words(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_runs_and_writes_its_figures(notebook, tmp_path):
     command = [sys.executable, str(ROOT / "notebooks/execute.py"), notebook, "--out", str(tmp_path)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"},
-    )
+    environment = {**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not wordless_pictures(tmp_path / "notebooks" / notebook)
     number = notebook.split("_")[0]
-    made = {p.name for p in (tmp_path / "figures").glob(f"{number}_*")}
-    committed = {p.name for p in (ROOT / "figures").glob(f"{number}_*")}
+    made, committed = ({p.name for p in (at / "figures").glob(f"{number}_*")} for at in (tmp_path, ROOT))
     assert made == committed
     manifest = json.loads((tmp_path / "figures/manifest.json").read_text())
     pictures = {Path(name).stem for name in made if name.endswith(".png")}

@@ -4,7 +4,6 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,11 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import needs_browser, shown
 
 ROOT = Path(__file__).parents[1]
 PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))] + ["facilitating", "index"]
 WIDTHS = {"phone": 390, "desktop": 1280}
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # loads a page in a frame of a device's width and writes down what a reader would meet
 HARNESS = """<iframe id=f style="border:0;width:{width}px;height:900px" src="{page}.html"></iframe><pre id=out></pre>
@@ -65,13 +64,8 @@ def test_every_notebook_is_a_page_in_the_contents_and_the_search(site):
 
 
 def test_no_link_or_picture_within_the_pages_is_broken(site):
-    missing = {
-        (page, link)
-        for page in PAGES
-        for link in Links((site / f"{page}.html").read_text()).found
-        if link and not (site / link).exists()
-    }
-    assert not missing
+    links = {(page, link) for page in PAGES for link in Links((site / f"{page}.html").read_text()).found}
+    assert not {(page, link) for page, link in links if link and not (site / link).exists()}
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +77,14 @@ def server(site):
         server.shutdown()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the pages are not looked at in a browser")
+@needs_browser
 @pytest.mark.parametrize("device", WIDTHS)
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_fit_the_device(page, device, site, server, tmp_path):
     (site / f"harness-{page}-{device}.html").write_text(HARNESS.format(width=WIDTHS[device], page=page))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    options += [
-        "--disable-sync",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path}",
-    ]
-    options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
-    command = [BROWSER, *options, f"{server}/harness-{page}-{device}.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    found = re.search(r'<pre id="out">({.*?})</pre>', done.stdout)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    text = shown(f"{server}/harness-{page}-{device}.html", tmp_path)
+    found = re.search(r'<pre id="out">({.*?})</pre>', text)
+    assert found, text[-2000:]
     seen = json.loads(found[1])
     assert seen["over"] <= 0 and seen["heading"] > 200 and seen["broken"] == 0 and seen["wide"] == 0, seen
     assert seen["wordless"] == 0, seen
