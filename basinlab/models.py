@@ -32,7 +32,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a U-Net's 
 
 
 def data_folder() -> Path:
-    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package."""
+    """Where the bundled checkpoints lie: the ``BASINLAB_DATA`` variable, or data/ beside the package.
+
+    >>> (data_folder() / "emoji-duplicated").is_dir()
+    True
+    """
     return Path(os.environ.get("BASINLAB_DATA", Path(__file__).resolve().parents[1] / "data"))
 
 

@@ -8,6 +8,7 @@ generator a seed, so that (prompt, seed) means the same picture on any device an
 import copy
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -166,7 +167,11 @@ def _scheduler_of(states: Sequence[State], change: Callable) -> SchedulerMixin:
 
 
 class Mitigation:
-    """What a mitigation does to samples beside guidance. Each method here leaves them as they are."""
+    """What a mitigation does to samples beside guidance. Each method here leaves them as they are.
+
+    >>> Mitigation().text("an owl", seed=0, denoiser=None)
+    'an owl'
+    """
 
     def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
         """The text that is embedded in the place of ``prompt``."""
@@ -298,7 +303,7 @@ def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"the prompt {prompt!r} is no text; for unconditional sampling use ConstantGuidance(0)")
     for given in (prompts, whole):
-        if again := [x for i, x in enumerate(given) if x in given[:i]]:
+        if again := [x for x, count in Counter(given).items() if count > 1]:
             raise ValueError(f"{again[0]!r} is given twice: equal samples would count as several")
     return [(prompt, seed) for prompt in prompts for seed in whole]
 

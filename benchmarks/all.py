@@ -15,20 +15,13 @@ import pandas as pd
 from common import RESULTS
 
 HERE = Path(__file__).parent
-RUNS = (
-    ("cold.py",),
-    ("limits.py",),
-    ("limits.py", "--dtype", "bfloat16"),
-    ("sampling.py",),
-    ("sweep.py",),
-    ("sweep.py", "--dtype", "bfloat16"),
-    ("scaling.py",),
-)
+RUNS = ["cold.py", "limits.py", "limits.py --dtype bfloat16", "sampling.py"]
+RUNS += ["sweep.py", "sweep.py --dtype bfloat16", "scaling.py"]
 NAMES = "cold limits-float32 limits-bfloat16 sampling sweep-float32 sweep-bfloat16 scaling random".split()
 
 
 def against_official() -> pd.DataFrame:
-    """Of official.csv, which holds more, the ratios of speed in the columns of the others."""
+    """The ratios of speed in official.csv, in the columns of the others."""
     if not (RESULTS / "official.csv").exists():
         return pd.DataFrame()
     table = pd.read_csv(RESULTS / "official.csv").dropna(subset="ratio")
@@ -42,7 +35,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--official", type=Path, help="a clone of the official code")
     options = parser.parse_args()
-    runs = () if options.table else RUNS + ((("official.py", str(options.official)),) if options.official else ())
+    runs = [] if options.table else [run.split() for run in RUNS]
+    if options.official and not options.table:
+        runs.append(["official.py", str(options.official)])
     for number, (script, *arguments) in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {script} {' '.join(arguments)}", flush=True)
         subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)

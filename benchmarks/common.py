@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock inside a module, and tables of rounds."""
+"""What the benchmarks share: clocks, and tables of rounds."""
 
 import resource
 import statistics
@@ -32,36 +32,24 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class ForwardClock:
-    """Seconds spent inside a module's forward; a device is waited for, which slows what is measured."""
+def clocked(module: torch.nn.Module, device: str = "cpu") -> list[float]:
+    """A list that fills with the seconds of each forward; a device is waited for, which slows what is measured."""
+    seconds, forward = [], module.forward
 
-    def __init__(self, module: torch.nn.Module, device: str = "cpu"):
-        self.seconds, self.device = 0.0, device
-        self.hooks = [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop)]
+    def watched(*arguments, **options):
+        began = now(device)
+        output = forward(*arguments, **options)
+        seconds.append(now(device) - began)
+        return output
 
-    def _start(self, *_) -> None:
-        self._began = now(self.device)
-
-    def _stop(self, *_) -> None:
-        self.seconds += now(self.device) - self._began
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    module.forward = watched
+    return seconds
 
 
 def write(name: str, columns: dict[str, list[float]], note: str, folder: Path = RESULTS) -> pd.DataFrame:
     """Write and print figures, of each the median, lowest and highest of its rounds; ``note`` says of what."""
-    table = pd.DataFrame(
-        {
-            "figure": [*columns],
-            "median": [statistics.median(values) for values in columns.values()],
-            "lowest": [min(values) for values in columns.values()],
-            "highest": [max(values) for values in columns.values()],
-            "rounds": [len(values) for values in columns.values()],
-            "of": note,
-        }
-    )
+    rows = [(name, statistics.median(v), min(v), max(v), len(v), note) for name, v in columns.items()]
+    table = pd.DataFrame(rows, columns=["figure", "median", "lowest", "highest", "rounds", "of"])
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
     print(table.drop(columns="of").to_string(index=False, float_format="%.4g"))
@@ -70,5 +58,4 @@ def write(name: str, columns: dict[str, list[float]], note: str, folder: Path = 
 
 
 def by_column(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Rounds as columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -4,7 +4,7 @@ Every convolution, linear layer and attention of one forward is timed alone, on 
 the physical limit of this network here. What the forward takes beyond it are normalisations, activations, memory
 traffic and Python.
 
-    python benchmarks/limits.py --batch-size 64
+    python benchmarks/limits.py --dtype bfloat16
 """
 
 import argparse
@@ -46,11 +46,9 @@ def kernels(forward, unet: torch.nn.Module) -> tuple[Counter, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=64, help="rows of one call: two predictions of 32 samples")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
-    rows, dtype = options.batch_size, getattr(torch, options.dtype)
+    rows, dtype = 64, getattr(torch, options.dtype)  # two predictions of 32 samples
     denoiser = basinlab.load("emoji-duplicated", dtype=dtype)
     latents, embedding = torch.randn(rows, *denoiser.latent_shape, dtype=dtype), denoiser.embed([""])
     forward, square = partial(denoiser, latents, 500, embedding.expand(rows, -1, -1)), torch.randn(2048, 2048).to(dtype)
@@ -58,7 +56,7 @@ def main() -> None:
         counts, alone = kernels(forward, denoiser.unet)
     operations, found = counter.get_total_flops(), []
     with torch.inference_mode():
-        for _ in range(options.rounds):
+        for _ in range(5):
             whole = min(seconds_of(forward) for _ in range(3))
             bare = sum(n * min(seconds_of(alone[name]) for _ in range(3)) for name, n in counts.items())
             product = min(seconds_of(lambda: square @ square) for _ in range(3))

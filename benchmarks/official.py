@@ -3,10 +3,9 @@
     git clone https://github.com/SonyResearch/mitigating_memorization FOLDER
     python benchmarks/official.py FOLDER
 
-Nothing of theirs is in this repository, and nothing is written into the clone. Each script runs in a
-process of its own, under a `Shim` that changes what keeps it from starting or ending here, lists every such change, and
-watches from outside: the initial latents, the latents after each step, the weight that each step gave the prompt, the
-transition point. The same pictures are then made with `basinlab.sample`. Also timed, in rounds: images a second.
+Nothing of theirs is in this repository, and nothing is written into the clone. Each script runs in a process of its
+own, under a `Shim` that lists what it must change, and watches latents, weights and the transition point from outside.
+The same pictures are then made with `basinlab.sample`. Also timed, in rounds: images a second.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import importlib.util
 import json
 import math
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -39,21 +38,16 @@ from basinlab.models import Denoiser
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = "https://github.com/SonyResearch/mitigating_memorization"
-STATIC, DYNAMIC, OPPOSITE = (
-    "generate_test_dataset_stp.py",
-    "generate_test_dataset_dtp.py",
-    "generate_test_dataset-opposite_guidance.py",
-)
+STATIC, DYNAMIC = "generate_test_dataset_stp.py", "generate_test_dataset_dtp.py"
+OPPOSITE = "generate_test_dataset-opposite_guidance.py"
 BOUND = 1e-3  # of the final latents, float32
 SCALE, STEPS, FIRST_SEED = 7.5, 50, 42  # written into the scripts
-
-
-# What runs in the script's own process
+THEIR_IMAGES, OUR_IMAGES = 4, 64  # of a timed round
 
 
 @dataclass
 class Pass:
-    """One way from noise to clean latents: what was seen at each of its steps, before and after which latents are."""
+    """One way from noise to clean latents: what was seen at each step; latents also before the first."""
 
     timesteps: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -62,8 +56,6 @@ class Pass:
 
 @dataclass
 class Picture:
-    """One picture of a script: its noise, its passes, the script's ``transition_point`` where it has one."""
-
     initial: Tensor
     passes: list[Pass]
     point: float | None
@@ -73,8 +65,6 @@ class Picture:
 
 @dataclass
 class Job:
-    """A script to run and how."""
-
     script: str
     arguments: list[str]
     names: dict  # given to the script beside what it defines itself
@@ -87,8 +77,6 @@ class Job:
 
 @dataclass
 class Record:
-    """What a run left: how it ended, its pictures, the shim's changes."""
-
     ended: str
     pictures: list[Picture]
     changes: list[str]
@@ -100,16 +88,11 @@ class Record:
         return cls(parts["ended"], pictures, parts["changes"])
 
 
-def _gone(name: str) -> Callable:
-    def stand_in(*_, **__):
-        raise NotImplementedError(f"{name} is not installed, and the script uses the stand-in for it")
-
-    return stand_in
+def _gone(name: str, *_, **__):
+    raise NotImplementedError(f"{name} is not installed, and the script uses the stand-in for it")
 
 
 class _Idle(types.ModuleType):
-    """A module whose every function does nothing."""
-
     def __getattr__(self, name: str) -> Callable:
         return lambda *_, **__: None
 
@@ -122,17 +105,15 @@ class Shim:
         self.changes = ["basinlab is imported first: it lets a torchvision of another build than torch's import"]
         self.pictures: list[Picture] = []
         self.passes: list[Pass] = []
-        self.steps: int | None = None
-        self.predictions = 0
         self.noise: list[Tensor] = []
+        self.steps, self.predictions = None, 0
         self.namespace = {"__name__": "__main__", "__file__": job.script, **job.names}
 
     def run(self) -> Record:
         """The script from beginning to end. What it raises is told in the record's ``ended``."""
         code = self.compiled(Path(self.job.script).read_text())
         self._watch()
-        for name, value in self.job.names.items():
-            self.changes.append(f"the name {name} is given: {value!r}")
+        self.changes += [f"the name {name} is given: {value!r}" for name, value in self.job.names.items()]
         if self.job.go_on:
             self.changes.append("exit() does nothing")
             self.namespace["exit"] = lambda *_: None
@@ -156,12 +137,10 @@ class Shim:
                     self._provide(alias.name)
             elif isinstance(node, ast.ImportFrom):
                 self._provide(node.module, [alias.name for alias in node.names])
-        if devices:
-            self.changes.append('"cuda" is read as "cpu"')
+        self.changes += ['"cuda" is read as "cpu"'] if devices else []
         return compile(tree, self.job.script, "exec")
 
     def _provide(self, module: str, names: Sequence[str] = ()) -> None:
-        """Make ``from module import names`` work."""
         if module == "matplotlib.pyplot":
             self.changes.append("matplotlib.pyplot draws nothing: its plots are no part of sampling")
             sys.modules[module] = _Idle(module)
@@ -174,10 +153,9 @@ class Shim:
             if hasattr(home, name) or (hasattr(home, "__path__") and importlib.util.find_spec(f"{module}.{name}")):
                 continue
             self.changes.append(f"{module}.{name}, gone: a stand-in that fails when it is used")
-            setattr(home, name, _gone(f"{module}.{name}"))
+            setattr(home, name, partial(_gone, f"{module}.{name}"))
 
     def _watch(self) -> None:
-        """Hooks on the parts that a script loads, and on the draws of initial noise."""
         self._when_loaded(diffusers.UNet2DConditionModel, lambda unet: unet.register_forward_hook(self._predicted))
         self._when_loaded(diffusers.DPMSolverMultistepScheduler, self._watch_scheduler)
         self._when_loaded(diffusers.AutoencoderKL, self._watch_decoder)
@@ -192,16 +170,13 @@ class Shim:
             return self.noise[-1]
 
         torch.randn = randn
-        self.changes.append(
-            f"the generator is seeded anew for each picture but the first (the script seeds once, with {FIRST_SEED})"
-        )
+        self.changes.append(f"each picture but the first is seeded anew (the script seeds once, with {FIRST_SEED})")
 
     def _when_loaded(self, kind: type, then: Callable) -> None:
         load = kind.from_pretrained
 
         def from_pretrained(*arguments, **options):
-            loaded = load(*arguments, **options)
-            then(loaded)
+            then(loaded := load(*arguments, **options))
             return loaded
 
         kind.from_pretrained = from_pretrained
@@ -253,36 +228,28 @@ class Shim:
         decode = vae.decode
 
         def watched_decode(*arguments, **options):
-            decoded = decode(*arguments, **options)
-            point = self.namespace.get("transition_point")
-            point = None if point is None else float(point)
-            clock = time.perf_counter()
-            self.pictures.append(Picture(self.noise[-1], self.passes, point, self.predictions, clock))
+            decoded, point = decode(*arguments, **options), self.namespace.get("transition_point")
+            seen = (self.passes, None if point is None else float(point), self.predictions)
+            self.pictures.append(Picture(self.noise[-1], *seen, time.perf_counter()))
             self.passes, self.predictions = [], 0
             return decoded
 
         vae.decode = watched_decode
 
 
-def run_job(folder: Path) -> None:
-    """In a process of its own: the job in ``folder``, whose record is left there."""
+def run_job(folder: Path) -> None:  # in a process of its own, as all above
     job = Job(**json.loads((folder / "job.json").read_text()))
     sys.dont_write_bytecode = True
     sys.path[0], sys.argv = str(Path(job.script).parent), [job.script, *job.arguments]
     torch.save(asdict(Shim(job).run()), folder / "record.pt")
 
 
-# What runs on our side
-
-
 def found_scripts(clone: Path) -> dict[str, Path]:
-    """The three scripts in ``clone``. Raises FileNotFoundError that says how to get them."""
-    cure = f"get it with `git clone {REPOSITORY} FOLDER` and give that FOLDER"
-    if not clone.is_dir():
-        raise FileNotFoundError(f"{clone} is no folder, so it holds no clone of the official code: {cure}")
-    if missing := [name for name in (STATIC, DYNAMIC, OPPOSITE) if not (clone / name).is_file()]:
+    scripts = {name: (clone / name).resolve() for name in (STATIC, DYNAMIC, OPPOSITE)}
+    if missing := [name for name, path in scripts.items() if not path.is_file()]:
+        cure = f"get it with `git clone {REPOSITORY} FOLDER` and give that FOLDER"
         raise FileNotFoundError(f"{clone} is no clone of the official code, it has no {', '.join(missing)}: {cure}")
-    return {name: (clone / name).resolve() for name in (STATIC, DYNAMIC, OPPOSITE)}
+    return scripts
 
 
 @dataclass
@@ -299,32 +266,24 @@ class Case:
     replayed: bool = False  # latents are held against the weights that the script was seen to use, not ``guidance``
 
 
-DTP_NAMES = {"exp": "sdv1_pretrained", "cads": False}
-OG_NAMES = {"exp": "200_memorized"}
-
-
 def cases() -> list[Case]:
     """The points of the static script are none of its timesteps: at one that is, it never ends."""
     dynamic = basinlab.DynamicTransitionPoint(SCALE, before=1.0, latest=0)
     opposite = basinlab.OppositeGuidance(None, SCALE, opposite_scale=SCALE, latest=0)
-    kept = {"go_on": True, "keep_steps": True}
+    kept, names = {"go_on": True, "keep_steps": True}, {"exp": "sdv1_pretrained", "cads": False}
+    later, now = ["--prompt_json", "captions.json", "--guidance_scale_later", str(SCALE)], "--guidance_change_step"
     static = {
-        "plain": (basinlab.StaticTransitionPoint(999, SCALE), 1000, 0.0),
-        "STP 501": (basinlab.StaticTransitionPoint(501, SCALE), 501, 0.0),
-        "OG+STP 650": (basinlab.OppositeGuidance(650, SCALE, opposite_scale=2.0), 650, -2.0),
+        "plain": (basinlab.StaticTransitionPoint(999, SCALE), f"--guidance_scale 0.0 {now} 1000"),
+        "STP 501": (basinlab.StaticTransitionPoint(501, SCALE), f"--guidance_scale 0.0 {now} 501"),
+        "OG+STP 650": (basinlab.OppositeGuidance(650, SCALE, opposite_scale=2.0), f"--guidance_scale -2.0 {now} 650"),
     }
     return [
-        *(Case(name, STATIC, ours, _static(point, before)) for name, (ours, point, before) in static.items()),
-        Case("DTP", DYNAMIC, dynamic, names=DTP_NAMES, own_units=False),
-        Case("DTP, epsilon", DYNAMIC, dynamic, names=DTP_NAMES, changes={"epsilon": True}),
+        *(Case(name, STATIC, ours, [*later, *written.split()]) for name, (ours, written) in static.items()),
+        Case("DTP", DYNAMIC, dynamic, names=names, own_units=False),
+        Case("DTP, epsilon", DYNAMIC, dynamic, names=names, changes={"epsilon": True}),
         # as published it ends at its point; gone on with, it changes to 200 steps there
-        Case("OG+DTP, 50 steps kept", OPPOSITE, opposite, names=OG_NAMES, changes=kept, replayed=True),
+        Case("OG+DTP, 50 steps kept", OPPOSITE, opposite, names={"exp": "200_memorized"}, changes=kept, replayed=True),
     ]
-
-
-def _static(point: float, before: float) -> list[str]:
-    scales = ["--guidance_scale", str(before), "--guidance_scale_later", str(SCALE)]
-    return [*scales, "--guidance_change_step", str(point), "--prompt_json", "captions.json"]
 
 
 def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
@@ -343,10 +302,7 @@ def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
 
 
 class Official:
-    """Runs the scripts of a clone on one checkpoint, each time in a new process and an empty folder.
-
-    ``changes`` gathers what the shim changed: of each change the scripts.
-    """
+    """Runs the scripts of a clone on one checkpoint, each time in a new process and an empty folder."""
 
     def __init__(self, scripts: dict[str, Path], denoiser: Denoiser, timeout: float):
         self.scripts, self.timeout = scripts, timeout
@@ -354,10 +310,9 @@ class Official:
         side = str(8 * denoiser.latent_shape[-1])  # the scripts divide by 8
         self.common = ["--pretrained_model_name_or_path", model, "--img_size", side, "--outdir", "output"]
         self.unet = {DYNAMIC: "nowhere", OPPOSITE: f"{model}/unet"}
-        self.changes: dict[str, set[str]] = {}
+        self.changes: dict[str, set[str]] = {}  # of each change the cases
 
     def run(self, case: Case, pairs: Sequence[tuple[str, int]], record: bool = True) -> Record:
-        """The pictures of ``pairs``. Raises RuntimeError when the script does not make them."""
         prompts, seeds = zip(*pairs, strict=True)
         arguments = [*self.common, "--end_iter", str(len(pairs)), *case.arguments]
         if case.script in self.unet:
@@ -377,21 +332,13 @@ class Official:
         return found
 
 
-class _Seen(basinlab.ConstantGuidance):
-    """The weights that a script was seen to use, by timestep."""
-
+class _Seen(basinlab.ConstantGuidance):  # the weights that a script was seen to use
     def __init__(self, timesteps: Sequence[int], weights: Sequence[float]):
         super().__init__()
         self.weights = dict(zip(timesteps, weights, strict=True))
 
     def weight(self, timestep: int) -> float:
         return self.weights.get(timestep, 0.0)
-
-
-def _replay(denoiser: Denoiser, prompt: str, seed: int, seen: Pass) -> Tensor:
-    """Our latents [steps + 1, C, H, W] under the weights of a pass."""
-    weights = _Seen(seen.timesteps, seen.weights)
-    return basinlab.sample(denoiser, prompt, seed, weights, steps=STEPS, progress=False).latents[0]
 
 
 def _point(case: Case, picture: Picture) -> float:
@@ -404,51 +351,49 @@ def _point(case: Case, picture: Picture) -> float:
     return float(next(t for t, weight in zip(last.timesteps, last.weights, strict=True) if weight == SCALE))
 
 
-def _same(a: Sequence[float], b: Sequence[float]) -> int:
-    """How many timesteps are the same; none found is the same as none found."""
-    return int(np.isclose(a, b, atol=0.5, rtol=0, equal_nan=True).sum())
-
-
 def compared(case: Case, record: Record, denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[int]) -> dict:
-    """A row of the table of agreement: largest absolute differences, and how many transition points are the same."""
+    """A row of the table of agreement."""
     pictures, unit = record.pictures, denoiser.epsilon_scale
     if not case.own_units:
         denoiser.epsilon_scale = lambda timestep: 1.0  # a difference of what the network predicts
     ours = basinlab.sample(denoiser, prompts, seeds, case.guidance, steps=STEPS, progress=False)
     denoiser.epsilon_scale = unit
     initial = torch.cat([picture.initial for picture in pictures])
-    differences = []  # of each pass of each picture, one a step
+    differences, finals = [], []  # of each pass, one a step; of each picture
     for picture, prompt, seed, latents in zip(pictures, ours.prompts, ours.seeds, ours.latents, strict=True):
         for seen in picture.passes:
-            made = _replay(denoiser, prompt, seed, seen) if case.replayed else latents
-            differences.append((torch.cat(seen.latents) - made).abs().flatten(1).amax(1))
+            if case.replayed:
+                weights = _Seen(seen.timesteps, seen.weights)
+                latents = basinlab.sample(denoiser, prompt, seed, weights, steps=STEPS, progress=False).latents[0]
+            differences.append((torch.cat(seen.latents) - latents).abs().flatten(1).amax(1))
+        finals.append(float(differences[-1][-1]))
     points = [_point(case, picture) for picture in pictures]
-    last = differences[len(pictures[0].passes) - 1 :: len(pictures[0].passes)]
-    largest = float(torch.stack([d[-1] for d in last]).max())
-    same = _same(points, ours.transition_point.tolist())
-    scale = max(float(p.passes[-1].latents[-1].abs().max()) for p in pictures)
+    same = np.isclose(points, ours.transition_point, atol=0.5, rtol=0, equal_nan=True)  # none found is the same, too
     return {
         "case": case.name,
         "pictures": len(pictures),
         "initial latents": float((initial - ours.latents[:, 0]).abs().max()),
-        "same points": same,
+        "same points": int(same.sum()),
         "latents, all steps": float(torch.cat(differences).max()),
-        "final latents": largest,
-        "largest final latent": scale,
-        "final within 1e-3": "yes" if largest <= BOUND else "no",
+        "final latents": max(finals),
+        "largest final latent": max(float(p.passes[-1].latents[-1].abs().max()) for p in pictures),
+        "final within 1e-3": "yes" if max(finals) <= BOUND else "no",
     }
 
 
-def timed(official: Official, case: Case, denoiser: Denoiser, prompts: Sequence[str], options) -> dict[str, float]:
+SPEEDS = ("official images/s", "ours images/s", "ratio")
+
+
+def timed(official: Official, case: Case, denoiser: Denoiser, prompts: Sequence[str]) -> dict[str, float]:
     """Images a second of either side; the script's first picture warms up, uncounted."""
-    pairs = [(prompts[i % len(prompts)], FIRST_SEED + i) for i in range(options.official_images + 1)]
+    pairs = [(prompts[i % len(prompts)], FIRST_SEED + i) for i in range(THEIR_IMAGES + 1)]
     pictures = official.run(case, pairs, record=False).pictures
-    theirs = options.official_images / (pictures[-1].finished - pictures[0].finished)
-    seeds, began = range(options.images // len(prompts)), time.perf_counter()
+    theirs = THEIR_IMAGES / (pictures[-1].finished - pictures[0].finished)
+    seeds, began = range(OUR_IMAGES // len(prompts)), time.perf_counter()
     run = basinlab.sample(denoiser, prompts, seeds, case.guidance, steps=STEPS, record=False, progress=False)
     run.images()
     ours = len(run) / (time.perf_counter() - began)
-    return {"official images/s": theirs, "ours images/s": ours, "ratio": ours / theirs}
+    return dict(zip(SPEEDS, (theirs, ours, ours / theirs), strict=True))
 
 
 def main() -> None:
@@ -456,46 +401,33 @@ def main() -> None:
         return run_job(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help=f"folder of a clone of {REPOSITORY}")
-    parser.add_argument("--name", default="emoji-duplicated", help="checkpoint")
     parser.add_argument("--prompts", type=int, default=4, help="memorized prompts that are compared")
     parser.add_argument("--seeds", type=int, default=2, help=f"of each, from {FIRST_SEED} on")
     parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 leaves it out")
-    parser.add_argument("--official-images", type=int, default=4, help="images a round of the official side")
-    parser.add_argument("--images", type=int, default=64, help="images a round of ours")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that a script is given")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    try:
-        scripts = found_scripts(options.clone)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-
-    denoiser = basinlab.load(options.name)
-    official = Official(scripts, denoiser, options.timeout)
+    scripts, denoiser = found_scripts(options.clone), basinlab.load("emoji-duplicated")
+    official = Official(scripts, denoiser, timeout=600)
     every = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()
     prompts, seeds = every[: options.prompts], range(FIRST_SEED, FIRST_SEED + options.seeds)
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    agreement, speed, rounds = [], [], {case.name: [] for case in cases() if not case.changes.get("epsilon")}
+    agreement, rounds = [], []
     for case in cases():
         agreement.append(compared(case, official.run(case, pairs), denoiser, prompts, seeds))
         print(agreement[-1], flush=True)
-    for _ in range(options.rounds):
-        for case in (case for case in cases() if case.name in rounds):
-            rounds[case.name].append(timed(official, case, denoiser, every[:8], options))
-            print(case.name, rounds[case.name][-1], flush=True)
-    for name, timings in rounds.items():
-        measures = {"": statistics.median, " lowest": min, " highest": max}
-        speed.append({"case": name, "rounds": len(timings)})
-        for figure in timings[0] if timings else ():
-            speed[-1] |= {figure + key: measure([t[figure] for t in timings]) for key, measure in measures.items()}
-    table = pd.DataFrame(agreement).merge(pd.DataFrame(speed), on="case", how="left")
-    options.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.out / "official.csv", index=False, float_format="%.4g")
-    (options.out / "official.md").write_text(report(official, agreement, speed, denoiser, options))
+    for case in [case for case in cases() if not case.changes.get("epsilon")] * options.rounds:
+        rounds.append({"case": case.name, **timed(official, case, denoiser, every[:8])})
+        print(rounds[-1], flush=True)
+    speed = pd.DataFrame(rounds, columns=["case", *SPEEDS]).groupby("case", sort=False)
+    told = {"rounds": speed.size()}
+    for name in SPEEDS:
+        told |= {name: speed[name].median(), f"{name} lowest": speed[name].min(), f"{name} highest": speed[name].max()}
+    speed = pd.DataFrame(told).reset_index()
+    table = pd.DataFrame(agreement).merge(speed, on="case", how="left")
+    table.to_csv(RESULTS / "official.csv", index=False, float_format="%.4g")
+    (RESULTS / "official.md").write_text(report(official, agreement, speed, denoiser, options))
 
 
-def report(official: Official, agreement: list[dict], speed: list[dict], denoiser: Denoiser, options) -> str:
-    """All tables and what they rest on, as markdown."""
+def report(official: Official, agreement: list[dict], speed: pd.DataFrame, denoiser: Denoiser, options) -> str:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
     digests = [f"{name} {hashlib.sha256(p.read_bytes()).hexdigest()[:12]}" for name, p in official.scripts.items()]
     changes = [{"change": change, "in": "; ".join(sorted(homes))} for change, homes in official.changes.items()]
@@ -505,10 +437,9 @@ def report(official: Official, agreement: list[dict], speed: list[dict], denoise
         f"{denoiser.name}, {options.prompts} memorized prompts x {options.seeds} seeds, {STEPS} steps, scale {SCALE}, "
         f"float32, CPU. {versions}. Scripts (SHA-256): {'; '.join(digests)}.",
         "Agreement: largest absolute differences, and how many transition points are the same. OG+DTP: latents are "
-        "held against our sampler under the weights that the script was seen to use, as its rule is not ours; points "
-        "against `OppositeGuidance`. DTP: ours watches the difference of v here, as the script does. DTP, epsilon: the "
-        "script gets epsilon, ours is as it is. Speed: images a second, decoded; the script one picture at a time, "
-        "after one that warms up; ours in batches of 32.",
+        "held against our sampler under the weights that the script was seen to use, as its rule is not ours. DTP: "
+        "ours watches the difference of v, as the script does; in DTP, epsilon the script gets epsilon. Speed: images "
+        "a second, decoded; the script one picture at a time, after one that warms up; ours in batches of 32.",
     ]
     for name, rows in tables.items():
         parts.append(f"## {name}\n\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt='.3g')}")

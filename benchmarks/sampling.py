@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import RESULTS, ForwardClock, peak_gib, seconds_of, write
+from common import RESULTS, clocked, peak_gib, seconds_of, write
 
 import basinlab
 from basinlab.models import StableDiffusion
@@ -20,10 +20,10 @@ from basinlab.models import StableDiffusion
 
 def random_weights(device: str, dtype: torch.dtype, tiny: bool) -> StableDiffusion:
     """Stable Diffusion 1.4 with random weights, and the bundled checkpoint's words and noise schedule."""
-    bundled = basinlab.load("emoji-duplicated").pipeline
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    bundled = basinlab.load("emoji-duplicated").pipeline
     channels, coder = ((32,) * 4, (8,) * 4) if tiny else ((320, 640, 1280, 1280), (128, 256, 512, 512))
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(block_out_channels=coder, layers_per_block=2, down_block_types=down, up_block_types=up,
@@ -71,15 +71,14 @@ def main() -> None:
         "basinlab, CFG": (partial(ours, basinlab.ConstantGuidance(7.5)), options.batch),
         "basinlab, STP at 500": (partial(ours, basinlab.StaticTransitionPoint(500, 7.5)), options.batch),
     }
-    rates, clock, shares = {name: [] for name in ways}, ForwardClock(denoiser.unet, device), []
+    rates, inside, shares = {name: [] for name in ways}, clocked(denoiser.unet, device), []
     for number in range(options.rounds + 1):  # the first warms up
         for name, (work, images) in ways.items():
-            clock.seconds = 0.0
+            inside.clear()
             seconds = seconds_of(work, device)
             if number:
                 rates[name].append(images / seconds)
-            if number and name == "basinlab, CFG":
-                shares.append(clock.seconds / seconds)
+                shares += [sum(inside) / seconds] if name == "basinlab, CFG" else []
     columns = {f"{name}, images/s": values for name, values in rates.items()}
     for mine, other in [(mine, other) for mine in [*ways][2:] for other in [*ways][:2]]:
         columns[f"{mine} / {other}"] = [a / b for a, b in zip(rates[mine], rates[other], strict=True)]

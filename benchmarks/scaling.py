@@ -2,7 +2,7 @@
 
 Every round begins `accelerate launch` anew; timed is what the processes do together, once they have their weights.
 
-    python benchmarks/scaling.py --rounds 3
+    python benchmarks/scaling.py
 """
 
 import argparse
@@ -50,12 +50,11 @@ def launched(processes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
         return work(options.work)
-    pairs = [(launched(1), launched(2)) for _ in range(options.rounds)]
+    pairs = [(launched(1), launched(2)) for _ in range(3)]
     rows = [{"samples/s, 1 process": a, "samples/s, 2 processes": b, "2 processes / 1": b / a} for a, b in pairs]
     runs = f"{PROMPTS} prompts x {SEEDS} seeds x 2 methods, {STEPS} steps"
     write("scaling", by_column(rows), f"{runs}, one thread a process")

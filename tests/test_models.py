@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
@@ -19,13 +19,14 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_bundled_checkpoint_is_found_by_name(data, tiny_folder):
-    shutil.copytree(tiny_folder, data / "world")
+@pytest.fixture
+def world(tmp_path, tiny_folder):
+    """A copy of the tiny checkpoint, to be spoilt."""
+    return shutil.copytree(tiny_folder, tmp_path / "world")
+
+
+def test_bundled_checkpoints_are_found_by_name_and_listed(data, world):
     assert basinlab.load("world").latent_shape == (4, 16, 16)
-
-
-def test_unknown_name_lists_the_known_ones(data, tiny_folder):
-    shutil.copytree(tiny_folder, data / "world")
     with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*none of the bundled \['world'\]"):
         basinlab.load("wrold")
 
@@ -55,21 +56,10 @@ def test_the_fingerprint_is_of_the_weights_in_use(tiny, tiny_folder):
     assert basinlab.load(tiny_folder, dtype=torch.bfloat16).fingerprint() != tiny.fingerprint()
 
 
-def test_folder_without_a_pipeline_is_named(tmp_path):
+def test_a_folder_that_is_no_stable_diffusion_pipeline_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json.*save_pretrained"):
         basinlab.load(tmp_path)
-
-
-def test_folder_of_another_pipeline_is_refused(tmp_path):
-    unet = UNet2DModel(
-        8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-    )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     with pytest.raises(ValueError, match=r"DDPMPipeline, not one of .*StableDiffusionPipeline"):
         basinlab.load(tmp_path)
 
@@ -79,9 +69,8 @@ WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("what", ["cut", "gone", "a pickle"])
-def test_weights_that_cannot_be_read_name_the_folder(tmp_path, tiny_folder, weights, what):
-    folder = shutil.copytree(tiny_folder, tmp_path / "world")
-    path = folder / f"{weights}.safetensors"
+def test_weights_that_cannot_be_read_name_the_folder(world, weights, what):
+    path = world / f"{weights}.safetensors"
     if what == "cut":
         path.write_bytes(path.read_bytes()[:5000])
     elif what == "gone":
@@ -89,17 +78,16 @@ def test_weights_that_cannot_be_read_name_the_folder(tmp_path, tiny_folder, weig
     else:
         path.rename(path.with_suffix(".bin"))
     also = "is not read" if what == "a pickle" else ""
-    with pytest.raises(OSError, match=f"(?s){folder} is missing, truncated or corrupt.*{also}.*fetch or save it"):
-        basinlab.load(folder)
+    with pytest.raises(OSError, match=f"(?s){world} is missing, truncated or corrupt.*{also}.*fetch or save it"):
+        basinlab.load(world)
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json", "vocab.json"], ["tokenizer.json", "merges.txt"]])
-def test_a_tokenizer_without_vocabulary_is_refused(tmp_path, tiny_folder, files):
-    folder = shutil.copytree(tiny_folder, tmp_path / "world")
+def test_a_tokenizer_without_vocabulary_is_refused(world, files):
     for file in files:
-        (folder / "tokenizer" / file).unlink(missing_ok=True)
-    with pytest.raises(OSError, match=f"{folder / 'tokenizer'} has no vocabulary: tokenizer.json, or"):
-        basinlab.load(folder)
+        (world / "tokenizer" / file).unlink(missing_ok=True)
+    with pytest.raises(OSError, match=f"{world / 'tokenizer'} has no vocabulary: tokenizer.json, or"):
+        basinlab.load(world)
 
 
 def changed(folder, file, **changes):
@@ -126,31 +114,27 @@ def with_scheduler(folder, kind, **changes):
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "give epsilon or v_prediction on a discrete"),
     ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "no signal left at T"),
 ])  # fmt: skip
-def test_noise_schedules_that_would_be_misread_are_refused(tmp_path, tiny_folder, kind, changes, message):
-    folder = with_scheduler(shutil.copytree(tiny_folder, tmp_path / "world"), kind, **changes)
-    with pytest.raises(ValueError, match=f"{folder} has.*{message}"):
-        basinlab.load(folder)
+def test_noise_schedules_that_would_be_misread_are_refused(world, kind, changes, message):
+    with_scheduler(world, kind, **changes)
+    with pytest.raises(ValueError, match=f"{world} has.*{message}"):
+        basinlab.load(world)
 
 
-def test_zero_terminal_snr_with_v_is_taken_over(tmp_path, tiny_folder):
-    folder = shutil.copytree(tiny_folder, tmp_path / "world")
-    with_scheduler(folder, "DDIMScheduler", rescale_betas_zero_snr=True)
-    denoiser = basinlab.load(folder)
-    own = DDIMScheduler.from_pretrained(folder / "scheduler")
+def test_zero_terminal_snr_with_v_is_taken_over(world):
+    denoiser = basinlab.load(with_scheduler(world, "DDIMScheduler", rescale_betas_zero_snr=True))
+    own = DDIMScheduler.from_pretrained(world / "scheduler")
     torch.testing.assert_close(denoiser.scheduler.alphas_cumprod, own.alphas_cumprod, atol=1e-6, rtol=0)
     assert basinlab.sample(denoiser, "an owl", 0, steps=5, progress=False).latents.abs().max() < 100
 
 
-def test_a_vae_that_normalizes_latents_is_refused(tmp_path, tiny_folder):
-    folder = shutil.copytree(tiny_folder, tmp_path / "world")
-    changed(folder, "vae/config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+def test_a_vae_that_normalizes_latents_is_refused(world):
+    changed(world, "vae/config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(ValueError, match=r"normalizes latents by \['latents_mean', 'latents_std'\]"):
-        basinlab.load(folder)
+        basinlab.load(world)
 
 
-def test_latents_need_not_be_square(tmp_path, tiny_folder):
-    folder = changed(shutil.copytree(tiny_folder, tmp_path / "world"), "unet/config.json", sample_size=[8, 16])
-    denoiser = basinlab.load(folder)
+def test_latents_need_not_be_square(world):
+    denoiser = basinlab.load(changed(world, "unet/config.json", sample_size=[8, 16]))
     assert denoiser.latent_shape == (4, 8, 16)
     assert basinlab.sample(denoiser, "an owl", 0, steps=2, progress=False).images().shape == (1, 3, 32, 64)
 
@@ -171,19 +155,18 @@ def test_words_beyond_the_text_encoder_are_named(tiny):
     fits = " ".join(["tomato"] * 30)
     with pytest.warns(UserWarning, match="takes 30 tokens.*'owl frog' is cut"):
         cut = tiny.embed([f"{fits} owl frog"])
+    with pytest.warns(UserWarning, match="'owl' is cut"):
+        basinlab.sample(tiny, f"{fits} owl", 0, steps=1, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = tiny.embed([fits])
     torch.testing.assert_close(cut, whole)
-
-
-def test_sampling_passes_the_warning_on(tiny):
-    with pytest.warns(UserWarning, match="'owl' is cut"):
-        basinlab.sample(tiny, " ".join(["tomato"] * 30 + ["owl"]), 0, steps=1, progress=False)
+    with pytest.raises(TypeError, match="prompts is the text 'an owl': give a list"):
+        tiny.embed("an owl")
 
 
 def test_decode_and_encode_use_the_scaling_factor(tiny):
-    pictures = torch.rand(66, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = tiny.vae.encode(pictures * 2 - 1).latent_dist.mean * 0.8
         decoded = (tiny.vae.decode(latents / 0.8).sample / 2 + 0.5).clamp(0, 1)
@@ -201,16 +184,15 @@ def test_training_configuration_gives_the_schedule(tiny, tiny_folder):
         torch.testing.assert_close(tiny.predicted_clean(x, v, t), clean, atol=1e-5, rtol=0)
 
 
-def fine_tuned(tiny, folder, **changed):
-    """A U-Net folder that holds some weights only."""
+def fine_tuned(folder, **weights):
     folder.mkdir()
-    save_file({**changed}, folder / "diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 
 def test_a_fine_tuned_unet_replaces_the_weights_that_it_has(tiny, tiny_folder, tmp_path):
     name = "conv_out.bias"
-    folder = fine_tuned(tiny, tmp_path / "unet", **{name: torch.full((4,), 7.0)})
+    folder = fine_tuned(tmp_path / "unet", **{name: torch.full((4,), 7.0)})
     tuned = basinlab.load(tiny_folder, unet=folder)
     assert tuned.unet.state_dict()[name].eq(7).all()
     others = {k: v for k, v in tuned.unet.state_dict().items() if k != name}
@@ -219,7 +201,7 @@ def test_a_fine_tuned_unet_replaces_the_weights_that_it_has(tiny, tiny_folder, t
 
 
 def test_fine_tuned_weights_that_do_not_fit_are_refused(tiny, tiny_folder, tmp_path):
-    folder = fine_tuned(tiny, tmp_path / "unet", conv_extra=torch.zeros(1))
+    folder = fine_tuned(tmp_path / "unet", conv_extra=torch.zeros(1))
     with pytest.raises(ValueError, match=f"{folder} holds weights that the U-Net of {tiny_folder} has not.*conv_extra"):
         basinlab.load(tiny_folder, unet=folder)
     path = folder / "diffusion_pytorch_model.safetensors"
@@ -231,11 +213,6 @@ def test_fine_tuned_weights_that_do_not_fit_are_refused(tiny, tiny_folder, tmp_p
     path.rename(folder / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match=f"{folder} holds a LoRA: fuse it"):
         basinlab.load(tiny_folder, unet=folder)
-
-
-def test_one_text_is_not_embedded_letter_by_letter(tiny):
-    with pytest.raises(TypeError, match="prompts is the text 'an owl': give a list"):
-        tiny.embed("an owl")
 
 
 def test_predictions_are_differentiable_where_a_gradient_is_asked_for(tiny):

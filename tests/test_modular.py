@@ -1,73 +1,26 @@
 """The guiders drive diffusers' modular pipelines unchanged: SDXL's blocks on a tiny random model."""
 
+import checkpoints
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from basinlab import (
-    ConstantGuidance,
-    DynamicTransitionPoint,
-    GuidanceInterval,
-    OppositeGuidance,
-    ScheduledGuidance,
-    StaticTransitionPoint,
-)
-from recipe import models
+from basinlab import guidance
+from basinlab.guidance import ConstantGuidance, DynamicTransitionPoint, OppositeGuidance, StaticTransitionPoint
 
 STEPS = 10
 PROMPTS = ["a picture of a tomato", "a drawing of an owl"]
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    torch.manual_seed(0)
-    words = models.tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=37,
-        projection_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=models.TOKENS,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    unet = UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-        cross_attention_dim=64,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+def pipeline(tmp_path_factory):
+    parts = StableDiffusionXLPipeline.from_pretrained(
+        checkpoints.save("sdxl", tmp_path_factory.mktemp("xl"))
+    ).components
     made = StableDiffusionXLAutoBlocks().init_pipeline()
-    made.update_components(
-        text_encoder=CLIPTextModel(text).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(text).eval(),
-        tokenizer=words,
-        tokenizer_2=words,
-        unet=unet.eval(),
-        vae=vae.eval(),
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    )
+    made.update_components(**{name: part for name, part in parts.items() if part is not None})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -77,17 +30,9 @@ def latents(pipeline, guider):
     calls = []
     pipeline.update_components(guider=guider)
     hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: calls.append(float(inputs[1])))
-    try:
-        found = pipeline(
-            prompt=PROMPTS,
-            num_inference_steps=STEPS,
-            generator=[torch.Generator().manual_seed(s) for s in (0, 1)],
-            height=16,
-            width=16,
-            output="latents",
-        )
-    finally:
-        hook.remove()
+    generators, options = [torch.Generator().manual_seed(s) for s in (0, 1)], {"height": 64, "width": 64}
+    found = pipeline(prompt=PROMPTS, num_inference_steps=STEPS, generator=generators, **options, output="latents")
+    hook.remove()
     return found, [calls.count(t) for t in dict.fromkeys(calls)]
 
 
@@ -121,7 +66,7 @@ def test_dynamic_and_opposite_points_are_found_per_sample(pipeline):
     torch.testing.assert_close(latents(pipeline, guider)[0], latents(pipeline, ClassifierFreeGuidance(5.0))[0])
 
 
-@pytest.mark.parametrize("guider", [GuidanceInterval(800, 300, 5.0), ScheduledGuidance("v", 5.0)])
+@pytest.mark.parametrize("guider", [guidance.GuidanceInterval(800, 300, 5.0), guidance.ScheduledGuidance("v", 5.0)])
 def test_guiders_can_be_used_twice(pipeline, guider):
     first, _ = latents(pipeline, guider)
     torch.testing.assert_close(latents(pipeline, guider)[0], first)
