@@ -82,7 +82,7 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
 
 
 def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
-    """Of each method the number of the setting with most samples new and right; of equal ones the weakest."""
+    """Each method's number of the setting with most samples new and right; of equal ones the weakest."""
     best = tuning.loc[tuning.sort_values("setting").groupby("method")["new_and_right"].idxmax()]
     return dict(zip(best["method"], best["setting"], strict=True))
 
@@ -228,11 +228,10 @@ MEASURES = {  # name -> its heading, and whether more of it is better on memoriz
 def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple | None:
     """Value, low, high, samples and prompts of one measure; None where it was not measured."""
     column = {"similarity_95": "similarity", "cmmd": "clip"}.get(name, name)
-    if column not in part or (known := part.dropna(subset=column)).empty:
+    known = part.dropna(subset=column) if column in part else part.head(0)
+    if known.empty or (name == "cmmd" and (real is None or known["prompt"].nunique() < 2)):
         return None
     if name == "cmmd":
-        if real is None or known["prompt"].nunique() < 2:
-            return None
         features = torch.from_numpy(np.stack(known["clip"]).astype(np.float32))
         found = metrics.cmmd(features, real, known["prompt"].tolist())
     elif name == "similarity_95":

@@ -52,42 +52,29 @@ def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One scenario, as its file has it; `read` makes it.
-
-    Attributes:
-        prompts: group -> file, format (of `read_list`) and url of a list, or texts (name -> prompt).
-        static_transition_point, opposite_until: timesteps, the latter by default the former.
-        late_start: the timestep from which guidance copies no more, where it was measured.
-        model, unet, resolution: as `models.load` takes them; weights_url says where to find them.
-        references: pattern of the images learned with a prompt, with its {index} or its {row} in the list; None where
-            the list names them itself, in a column attractor.
-        copy, radius: name of the `metrics.CopyDistance` and the distance up to which a sample is a copy. The default
-            is a similarity of 0.5, from which the field speaks of copies (Somepalli et al., CVPR 2023).
-        layout_floor: the layout similarity from which a template is copied.
-        alignment: name of the `metrics.Alignment`.
-    """
+    """One scenario, as its file has it; `read` makes it."""
 
     name: str
     title: str
     source: str
-    model: str
-    prompts: dict
+    model: str  # as `models.load` takes it, like unet and resolution
+    prompts: dict  # group -> file, format (of `read_list`) and url of a list, or texts (name -> prompt)
     static_transition_point: int
     guidance_scale: float = 7.5
     steps: int = 50
     opposite_scale: float = 2.0
-    opposite_until: int | None = None
-    late_start: int | None = None
+    opposite_until: int | None = None  # None: until the static transition point
+    late_start: int | None = None  # the timestep from which guidance copies no more, where that was measured
     unet: str | None = None
     resolution: int | None = None
-    references: str | None = None
-    copy: str = "sscd"
-    radius: float = 0.5
-    layout_floor: float | None = None
-    alignment: str = "openai/clip-vit-large-patch14"
+    references: str | None = None  # pattern of a prompt's images, with its {index} or {row}; None: a column attractor
+    copy: str = "sscd"  # name of the `metrics.CopyDistance`
+    radius: float = 0.5  # up to which a sample is a copy; the field's similarity of 0.5 (Somepalli et al., CVPR 2023)
+    layout_floor: float | None = None  # layout similarity from which a template is copied
+    alignment: str = "openai/clip-vit-large-patch14"  # name of the `metrics.Alignment`
     weights_url: str = ""
     reason: str = ""
-    here: Path = field(default_factory=data_folder, repr=False)
+    here: Path = field(default_factory=data_folder, repr=False)  # folder of the file
 
     def load(self, **options) -> Denoiser:
         """The denoiser, with ``options`` of `models.load`."""

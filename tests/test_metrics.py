@@ -168,8 +168,7 @@ def test_alignment_reads_a_named_model_from_the_hub_cache(clip_folder, alignment
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no model in 'openai/clip-tiny'.*hf download openai/clip-tiny"):
         metrics.Alignment("openai/clip-tiny")
-    snapshot = tmp_path / "models--openai--clip-tiny/snapshots/abc"
-    shutil.copytree(clip_folder, snapshot)
+    snapshot = shutil.copytree(clip_folder, tmp_path / "models--openai--clip-tiny/snapshots/abc")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text("abc")
     named = metrics.Alignment("openai/clip-tiny")
@@ -216,13 +215,6 @@ def test_cmmd_is_the_sum_over_pairs_of_different_groups(bandwidth, groups, monke
     real = [kernel(b[i], b[j]) for i in range(7) for j in range(7) if i != j]
     expected = np.mean(own) + np.mean(real) - 2 * np.mean([kernel(x, y) for x in a for y in b])
     assert metrics.cmmd(features, references, groups)[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_cmmd_of_one_distribution_is_zero_on_average_and_grows_with_the_shift():
-    draws = [metrics.cmmd(unit_features(8, 2 * i), unit_features(8, 2 * i + 1), range(8))[0] for i in range(300)]
-    assert abs(np.mean(draws)) < 4 * np.std(draws) / 300**0.5
-    near, far = (metrics.cmmd(unit_features(100, 0, by), unit_features(100, 1), range(100))[0] for by in (0.2, 0.6))
-    assert far > near > np.std(draws) / 8
 
 
 def test_cmmd_interval_is_the_jackknife_by_deleting_and_measuring_again():

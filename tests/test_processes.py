@@ -28,46 +28,30 @@ team.destroy_process_group()
 PARTS = 12
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("script") / "grid.py"
-    path.write_text(GRID)
-    return path
-
-
 def launched(script: Path, processes: int, folder: Path, table: Path) -> subprocess.Popen:
-    """``accelerate launch`` of the script, one thread each, in a process group of its own."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    several = ["--multi_gpu"] if processes > 1 else ["--cpu"]  # without GPUs, several processes talk over gloo
+    """``accelerate launch`` of the script, one thread each."""
+    several = "--multi_gpu" if processes > 1 else "--cpu"  # without GPUs, several processes talk over gloo
+    options = f"{several} --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = ["-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0", script, folder, table]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [*launcher, *several, *options, str(script), str(folder), str(table)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def workers(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the launcher's children."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(pid) for pid in children.read_text().split()]
-
-
-@pytest.fixture(scope="module")
-def alone(script, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    run = launched(script, 1, folder / "parts", folder / "table.parquet")
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, output
-    return pd.read_parquet(folder / "table.parquet")
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in /proc")
-def test_one_of_two_processes_is_killed_and_another_number_goes_on_to_the_table_of_one(script, alone, tmp_path):
+def test_one_of_two_processes_is_killed_and_another_number_goes_on_to_the_table_of_one(tmp_path):
+    script = tmp_path / "grid.py"
+    script.write_text(GRID)
+    alone = launched(script, 1, tmp_path / "alone", tmp_path / "alone.parquet")
+    output, _ = alone.communicate(timeout=300)
+    assert alone.returncode == 0, output
     parts, table = tmp_path / "parts", tmp_path / "table.parquet"
     run = launched(script, 2, parts, table)
     while len(list(parts.glob("*.parquet"))) < 3 and run.poll() is None:
         time.sleep(0.02)
-    os.kill(workers(run)[-1], signal.SIGKILL)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0, output
     kept = {path: path.read_bytes() for path in parts.glob("*.parquet")}
@@ -77,4 +61,4 @@ def test_one_of_two_processes_is_killed_and_another_number_goes_on_to_the_table_
     assert again.returncode == 0 and output.count("pid 3") == 3, output
     assert all(path.read_bytes() == data for path, data in kept.items())
     assert not list(parts.glob("*.part"))
-    pd.testing.assert_frame_equal(pd.read_parquet(table), alone)
+    pd.testing.assert_frame_equal(pd.read_parquet(table), pd.read_parquet(tmp_path / "alone.parquet"))
