@@ -1,10 +1,7 @@
-"""Let torchvision import beside a torch of another build: declare the two operators that its import asks for.
+"""Let torchvision import beside a torch of another build: declare the two operators that its import asks for."""
 
-Nothing here calls them. On a matching pair of wheels nothing happens.
-"""
-
-import importlib
 import sys
+from importlib import import_module
 
 import torch
 
@@ -13,7 +10,7 @@ _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 
 def ensure_importable() -> None:
     try:
-        importlib.import_module("torchvision")
+        import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -21,4 +18,4 @@ def ensure_importable() -> None:
             _DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        importlib.import_module("torchvision")
+        import_module("torchvision")

@@ -43,10 +43,6 @@ class Sweep(Samples):
     network_calls_apart: Tensor  # [B], predictions that one run for each start would have made
     denoiser: Denoiser
 
-    @property
-    def ends(self) -> Tensor:
-        return self.latents
-
 
 @dataclass
 class Bisection:
@@ -62,9 +58,8 @@ class Bisection:
 def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
     """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
 
-    A start between two timesteps begins at the later one, with a warning; one below the last timestep is never and
-    becomes 0, with the step after the last. (Where 0 is a timestep itself, it is guidance at that one step.) ``None``
-    is every fourth timestep and never.
+    A start between two timesteps begins at the later one, with a warning. One below the last timestep is never and
+    becomes 0; where 0 is a timestep, it is guidance at that one step. ``None`` is every fourth timestep and never.
     """
     times = [int(t) for t in timesteps]
     given = sorted({int(t) for t in ([*times[::4], 0] if starts is None else starts)}, reverse=True)
@@ -88,7 +83,7 @@ class _Forks:
         if getattr(self.after, "remembers", hasattr(self.after, "momentum_buffer")):
             raise ValueError(f"{type(self.after).__name__} remembers steps, which forks do not share: use `sample`")
         self.timesteps = sampling.new_scheduler(denoiser, scheduler, steps).timesteps.cpu()
-        self.starts = start_steps(starts, self.timesteps, denoiser.train_timesteps)
+        self.starts = start_steps(starts, self.timesteps, denoiser.scheduler.config.num_train_timesteps)
         self.first_steps, self.bar = list(self.starts.values()), tqdm(unit="step", disable=not progress)
         calls = network_calls(self.after, self.timesteps)
         self.calls = [sum(calls[step:]) for step in range(steps + 1)]  # of a fork that begins at a step
@@ -182,9 +177,9 @@ def bisect(
 ) -> Bisection:
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
-    Right wherever the outcome is monotone in the start, as `sweep` would show it. ``captured(pictures, samples)`` tells
-    which of pictures [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by``
-    says what it decides by, in words; needed with ``folder``, whose files depend on it. Options are those of `sweep`.
+    Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures
+    [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by`` says in words what
+    it decides by; files in ``folder`` depend on it. Options are those of `sweep`.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()

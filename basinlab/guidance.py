@@ -20,7 +20,7 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 
 def describe(mitigation) -> dict:
-    """The class and the settings of a guidance or another mitigation, for a record of what was done.
+    """The class and the settings of a mitigation, for a record of what was done.
 
     >>> describe(ConstantGuidance(3.0))
     {'name': 'ConstantGuidance', 'guidance_scale': 3.0}
@@ -45,11 +45,10 @@ class WeightedGuidance(BaseGuidance):
         self._begin()
 
     def weight(self, timestep: int) -> float:
-        """w at ``timestep``."""
         raise NotImplementedError
 
     def _begin(self) -> None:
-        """Forget the batch before: called whenever steps start again."""
+        """Forget the batch before: steps start again."""
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         if self._step is None or step <= self._step:
@@ -57,7 +56,7 @@ class WeightedGuidance(BaseGuidance):
         super().set_state(step, num_inference_steps, timestep)
 
     def new(self, **changes) -> "WeightedGuidance":
-        """A copy with ``changes``; diffusers' own forgets arguments that were given by position."""
+        """A copy with ``changes``; diffusers' own forgets arguments given by position."""
         return type(self)(**_settings(self) | changes)
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
@@ -165,15 +164,13 @@ class DynamicTransitionPoint(WeightedGuidance):
         self._guided: Tensor | None = None  # [B] bool
         self.transition_point = None  # [B], NaN where no minimum was seen
 
-    def weight(self, timestep: int) -> float:
-        """w of a sample that shows no minimum."""
+    def weight(self, timestep: int) -> float:  # of a sample that shows no minimum
         return self.before if timestep > self.latest else self.guidance_scale
 
     def _needed(self) -> list[str]:
         return list(self._input_predictions)  # the magnitude takes both
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
-        """eps_u + w (eps_c - eps_u), w per sample."""
         difference, t = pred_cond - pred_uncond, int(self._timestep)
         magnitude = difference.flatten(1).float().norm(dim=1)
         if self._guided is None:
@@ -199,9 +196,8 @@ def OppositeGuidance(
     A transition point with eps_u - ``opposite_scale`` (eps_c - eps_u) before it: the static one at ``start`` (OG + STP;
     650 in the official script), or the dynamic one (OG + DTP), which the official script finds on a run of its own.
 
-    >>> rule = OppositeGuidance(start=650, guidance_scale=7.5, opposite_scale=2.0)
-    >>> rule.weight(651), rule.weight(650)
-    (-2.0, 7.5)
+    >>> OppositeGuidance(start=650).weight(651)
+    -2.0
     """
     if opposite_scale < 0:
         raise ValueError(f"opposite_scale is {opposite_scale}: give at least 0, it is subtracted")

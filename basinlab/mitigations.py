@@ -11,6 +11,7 @@ Magnitudes are of epsilon, in units of one latent's norm.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -144,32 +145,37 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-def _descend(mitigation, state: State, start: Tensor, loss: Callable, optimizer: type, calls: int) -> Tensor:
-    """``start`` [B, ...], changed until ``loss`` [B] is at most the mitigation's target or its iterations are over.
+@dataclass(frozen=True)
+class _Descent(Mitigation):
+    """Gradient steps until a loss is at most ``target``, for each sample by itself, or ``iterations`` are over."""
 
-    Every sample stops by itself. ``calls`` are the predictions that ``loss`` makes of each. Steps are made in float32,
-    where the optimizer's squares do not underflow.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        variable = start.detach().float().clone().requires_grad_()
-        steps, reached = optimizer([variable], lr=mitigation.rate), torch.zeros(len(start), dtype=torch.bool)
-        for iteration in range(mitigation.iterations + 1):
-            losses = loss(variable.to(start.dtype))
-            state.calls = state.calls + calls * ~reached
-            reached = reached | (losses.detach() <= mitigation.target).cpu()
-            if reached.all() or iteration == mitigation.iterations:
-                break
-            state.gradient_passes = state.gradient_passes + calls * ~reached
-            before = variable.detach().clone()
-            (variable.grad,) = torch.autograd.grad(losses.sum(), [variable])
-            steps.step()
-            with torch.no_grad():
-                variable[reached] = before[reached]
-        return variable.detach().to(start.dtype)
+    calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
+
+    def most_predictions(self):
+        return self.calls * (3 * self.iterations + 1)
+
+    def _descend(self, state: State, start: Tensor, loss: Callable[[Tensor], Tensor], optimizer: type) -> Tensor:
+        """``start`` [B, ...], changed. Steps are made in float32, where the optimizer's squares do not underflow."""
+        with torch.inference_mode(False), torch.enable_grad():
+            variable = start.detach().float().clone().requires_grad_()
+            steps, reached = optimizer([variable], lr=self.rate), torch.zeros(len(start), dtype=torch.bool)
+            for iteration in range(self.iterations + 1):
+                losses = loss(variable.to(start.dtype))
+                state.calls = state.calls + self.calls * ~reached
+                reached = reached | (losses.detach() <= self.target).cpu()
+                if reached.all() or iteration == self.iterations:
+                    break
+                state.gradient_passes = state.gradient_passes + self.calls * ~reached
+                before = variable.detach().clone()
+                (variable.grad,) = torch.autograd.grad(losses.sum(), [variable])
+                steps.step()
+                with torch.no_grad():
+                    variable[reached] = before[reached]
+            return variable.detach().to(start.dtype)
 
 
 @dataclass(frozen=True)
-class PromptOptimization(Mitigation):
+class PromptOptimization(_Descent):
     """The embedding moved until the guidance magnitude at the first step is small.
 
     Wen et al., ICLR 2024 (arXiv 2407.21720, their aug_prompt): min over e of ||eps(x_T, e) - eps(x_T, e_empty)||, by
@@ -187,15 +193,12 @@ class PromptOptimization(Mitigation):
         def loss(tokens: Tensor) -> Tensor:
             return _norm(_difference(state, state.latents, torch.cat([begin, tokens], 1)))
 
-        moved = _descend(self, state, state.conditional[:, 1:], loss, torch.optim.AdamW, 2)
+        moved = self._descend(state, state.conditional[:, 1:], loss, torch.optim.AdamW)
         state.conditional = torch.cat([begin, moved], 1)
-
-    def most_predictions(self):
-        return 2 * (3 * self.iterations + 1)
 
 
 @dataclass(frozen=True)
-class NoiseDescent(Mitigation):
+class NoiseDescent(_Descent):
     """Initial noise moved until the guidance magnitude at T is small, by AdamW.
 
     Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||. A sample stops at the
@@ -210,10 +213,7 @@ class NoiseDescent(Mitigation):
         def loss(latents: Tensor) -> Tensor:
             return _norm(_difference(state, latents, state.conditional))
 
-        state.latents = _descend(self, state, state.latents, loss, torch.optim.AdamW, 2)
-
-    def most_predictions(self):
-        return 2 * (3 * self.iterations + 1)
+        state.latents = self._descend(state, state.latents, loss, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class NoiseAscent(Mitigation):
 
 
 @dataclass(frozen=True)
-class SharpnessAwareNoise(Mitigation):
+class SharpnessAwareNoise(_Descent):
     """SAIL: initial noise where the conditional density is flat.
 
     Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius`` ahead along the
@@ -251,6 +251,7 @@ class SharpnessAwareNoise(Mitigation):
     are theirs.
     """
 
+    calls = 4
     target: float = 8.2
     radius: float = 1.0
     pull: float = 0.05
@@ -263,7 +264,4 @@ class SharpnessAwareNoise(Mitigation):
             ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
             return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
 
-        state.latents = _descend(self, state, state.latents, loss, torch.optim.Adam, 4)
-
-    def most_predictions(self):
-        return 4 * (3 * self.iterations + 1)
+        state.latents = self._descend(state, state.latents, loss, torch.optim.Adam)

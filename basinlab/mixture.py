@@ -1,8 +1,7 @@
 """A world in the plane whose denoiser is known in closed form: what sampling finds can be checked exactly.
 
 Pictures are points (x, y); a prompt is a set of weights over Gaussian components. The noised density is again a
-Gaussian mixture, so its score, hence epsilon, is exact (Definition 1 with e = the weights). One component, a very
-narrow one, is the duplicated picture.
+Gaussian mixture, so its score, hence epsilon, is exact. One component, a very narrow one, is the duplicated picture.
 """
 
 import hashlib
@@ -42,9 +41,8 @@ class MixtureDenoiser(Denoiser):
         for prompt, weights in self.weights.items():
             if weights.shape != self.deviations.shape or abs(float(weights.sum()) - 1) > 1e-5:
                 raise ValueError(f"weights of {prompt!r} are {weights.tolist()}: give {len(self.deviations)}, of sum 1")
-        self.scheduler = scheduler or DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", steps_offset=1
-        )
+        betas = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 1}
+        self.scheduler = scheduler or DPMSolverMultistepScheduler(**betas)
 
     @classmethod
     def with_duplicate(cls, share: float = 0.8, **options) -> "MixtureDenoiser":
@@ -105,8 +103,7 @@ class MixtureDenoiser(Denoiser):
         noise = torch.randn(count, 2, generator=generator).to(self.dtype)
         return (self.centres[which] + self.deviations[which, None] * noise).view(count, *self.latent_shape)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Points are their own pictures, [B, 2, 1, 1]."""
+    def decode(self, latents: Tensor) -> Tensor:  # points are their own pictures
         return latents.cpu()
 
 
@@ -117,10 +114,8 @@ class PlaneDistance:
     [5.0]
     """
 
-    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
-        """[A, B]."""
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:  # [A, B]
         return torch.cdist(a.flatten(1).double(), b.flatten(1).double())
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """[B]."""
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:  # [B]
         return (a.double() - b.double()).flatten(1).norm(dim=1)

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
-from diffusers import StableDiffusionPipeline as SDPipeline
-from diffusers import StableDiffusionXLPipeline as SDXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -64,11 +62,6 @@ class Denoiser:
         schedule = {key: str(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
         shared = {"weights": self.fingerprint(), "dtype": str(self.dtype), "latents": list(self.latent_shape)}
         return {**shared, "schedule": schedule}
-
-    @property
-    def train_timesteps(self) -> int:
-        """T, the length of the training schedule."""
-        return self.scheduler.config.num_train_timesteps
 
     def timesteps(self, steps: int = 50) -> list[int]:
         """The timesteps at which its own scheduler samples, falling."""
@@ -123,11 +116,7 @@ class StableDiffusion(Denoiser):
 
     def __post_init__(self):
         self.tokenizer, self.text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        self.unet, self.vae, self.dtype = self.pipeline.unet, self.pipeline.vae, self.pipeline.unet.dtype
 
     def fingerprint(self) -> str:
         """The first 16 digits of the SHA-256 of all weights in use, which is to be asked for once a job."""
@@ -178,13 +167,6 @@ class StableDiffusion(Denoiser):
             pixels = [self.vae.decode(part / self.vae.config.scaling_factor).sample.float() for part in parts]
             return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1).cpu()
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
-        with torch.inference_mode():
-            parts = [x.to(self.device, self.vae.dtype) for x in pictures.split(max(1, 2**18 // pictures[0, 0].numel()))]
-            means = torch.cat([self.vae.encode(part * 2 - 1).latent_dist.mean for part in parts])
-            return means.float().cpu() * self.vae.config.scaling_factor
-
 
 class StableDiffusionXL(StableDiffusion):
     """A StableDiffusionXLPipeline. The last row of an embedding [B, L + 1, E] is the pooled text."""
@@ -207,11 +189,10 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": embedding[:, :-1], "added_cond_kwargs": added}
 
 
-VOCABULARY = (["tokenizer.json"], ["vocab.json", "merges.txt"])  # without one all prompts embed alike
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-_KINDS = {  # diffusers' class, ours, and how to load it without what is not needed
-    "StableDiffusionPipeline": (SDPipeline, StableDiffusion, UNCHECKED),
-    "StableDiffusionXLPipeline": (SDXLPipeline, StableDiffusionXL, {"add_watermarker": False}),
+_KINDS = {  # diffusers' class: ours, and how to load it without what is not needed
+    "StableDiffusionPipeline": (StableDiffusion, UNCHECKED),
+    "StableDiffusionXLPipeline": (StableDiffusionXL, {"add_watermarker": False}),
 }
 
 
@@ -282,15 +263,16 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     parts = json.loads((folder / "model_index.json").read_text())
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
-    theirs, ours, options = _KINDS[parts["_class_name"]]
+    ours, options = _KINDS[parts["_class_name"]]
     for part in (folder / name for name in parts if name.startswith("tokenizer")):
-        if not any(all((part / file).exists() for file in files) for files in VOCABULARY):
+        files = {path.name for path in part.glob("*")}
+        if not (files >= {"tokenizer.json"} or files >= {"vocab.json", "merges.txt"}):  # all prompts would embed alike
             raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
     halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
     whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
     options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
-        pipeline = theirs.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
     return ours, pipeline

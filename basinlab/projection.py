@@ -2,7 +2,7 @@
 
 UMAP equalises local density: a crowd and a scatter of points come out about equally wide, so that a funnel drawn by
 plain UMAP could be an artefact, and a real one could be flattened. densMAP (Narayan, Berger and Cho 2021) keeps local
-radii in proportion, which is what a funnel is about; it is the default here.
+radii in proportion, which is what a funnel is about.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ class Projection:
 
     coordinates: np.ndarray
     timesteps: np.ndarray
-    method: str
+    method: str = "densMAP"
 
     def split(self, counts: Sequence[int]) -> list["Projection"]:
         """The projections of the first ``counts[0]`` trajectories, of the next ``counts[1]``, and so on."""
         parts = np.split(self.coordinates, np.cumsum(counts)[:-1])
-        return [Projection(part, self.timesteps, self.method) for part in parts]
+        return [Projection(part, self.timesteps) for part in parts]
 
     def table(self) -> pd.DataFrame:
         """One row a point: trajectory, t, x, y."""
@@ -35,20 +35,16 @@ class Projection:
         return pd.DataFrame({"trajectory": trajectory, "t": times, "x": flat[:, 0], "y": flat[:, 1]})
 
 
-def project(states: Tensor, timesteps: Tensor, method: str = "densmap", neighbours: int = 30) -> Projection:
+def project(states: Tensor, timesteps: Tensor, neighbours: int = 30) -> Projection:
     """Project states [B, S, ...] of several trajectories, such as `Trajectory.predicted`, into two dimensions together.
 
-    ``method`` is "densmap" or "umap". ``neighbours`` of its graph are enough to reach across trajectories. The picture
-    is the same at every call.
+    ``neighbours`` in its graph are enough to reach across trajectories. The picture is the same at every call.
     """
     from umap import UMAP  # takes seconds to import
 
-    if method not in ("densmap", "umap"):
-        raise ValueError(f"method is {method!r}: give 'densmap' or 'umap'")
     points = states.flatten(2).flatten(0, 1).numpy()
     finite = np.isfinite(points).all(axis=1).sum()
     if len(points) < 5 or finite < len(points):
         raise ValueError(f"{len(points)} points, {finite} of them finite: give 5 or more")
-    nearest = min(neighbours, len(points) - 1)
-    mapper = UMAP(n_neighbors=nearest, densmap=method == "densmap", random_state=0, n_jobs=1)
-    return Projection(mapper.fit_transform(points).reshape(*states.shape[:2], 2), timesteps.numpy(), method)
+    mapper = UMAP(n_neighbors=min(neighbours, len(points) - 1), densmap=True, random_state=0, n_jobs=1)
+    return Projection(mapper.fit_transform(points).reshape(*states.shape[:2], 2), timesteps.numpy())

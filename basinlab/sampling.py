@@ -1,8 +1,7 @@
 """From prompts, seeds and mitigations to trajectories.
 
 `sampling_steps` is the loop: one call of the network, one combination of its predictions, one step of the scheduler.
-``sample`` runs it for every prompt with every seed, ``sample_from`` from any states. Initial noise comes from one CPU
-generator a seed, so that (prompt, seed) means the same picture on any device and in any batch.
+Initial noise comes from one CPU generator a seed, so that (prompt, seed) is the same picture on any device.
 """
 
 import copy
@@ -39,7 +38,8 @@ class Samples:
     def images(self) -> Tensor:
         """The final pictures, [B, 3, height, width] in 0..1, of a sweep [B, F, ...]; decoded once."""
         if not hasattr(self, "_images"):
-            self._images = decoded(self.denoiser, self.ends)
+            latents = self.latents if hasattr(self, "starts") else self.latents[:, -1]
+            self._images = decoded(self.denoiser, latents)
         return self._images
 
     def table(self) -> pd.DataFrame:
@@ -78,10 +78,6 @@ class Trajectory(Samples):
     network_calls: Tensor  # [B], predictions made, those of mitigations included
     gradient_passes: Tensor  # [B], how many of them were differentiated
     denoiser: Denoiser
-
-    @property
-    def ends(self) -> Tensor:
-        return self.latents[:, -1]
 
     def predicted_images(self, steps: Sequence[int]) -> Tensor:
         """The clean pictures predicted at ``steps``, indices into ``timesteps``: [B, len(steps), 3, h, w]."""
@@ -268,8 +264,8 @@ def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> Scheduler
     kind = type(denoiser.scheduler) if name is None else getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {name!r}; give the name of a class, such as 'DDIMScheduler'")
-    if not 1 <= steps <= denoiser.train_timesteps:
-        raise ValueError(f"steps is {steps}: give 1 to {denoiser.train_timesteps}")
+    if steps not in range(1, denoiser.scheduler.config.num_train_timesteps + 1):
+        raise ValueError(f"steps is {steps}: give 1 to {denoiser.scheduler.config.num_train_timesteps}")
     # some schedulers are made for pixels and by default clip to -1..1, which latents exceed
     scheduler = kind.from_config(denoiser.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps, device=denoiser.device)
@@ -363,8 +359,8 @@ def sample(
     Args:
         mitigations: one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
             diffusers guider with a conditional and an unconditional prediction; without one it is CFG 7.5.
-        scheduler: name of a diffusers scheduler class; default the checkpoint's own.
-        batch_size: runs that go through the network together; bounds memory, not results.
+        scheduler: name of a diffusers class; default the checkpoint's own.
+        batch_size: samples that go through the network together; bounds memory, not results.
         record: keep all latents and predictions, not the last latents only.
         measure: make both predictions at every step, so that the guidance magnitude is known everywhere.
 
@@ -392,7 +388,7 @@ def sample_from(
 ) -> Trajectory:  # fmt: skip
     """Go on from states x_t [B, C, H, W] at ``timestep``, one prompt each. A multistep solver starts without history.
 
-    ``seeds`` are of the noise that a stochastic scheduler adds, by default 0.
+    ``seeds`` are of the noise that a stochastic scheduler adds.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()

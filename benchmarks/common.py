@@ -14,7 +14,6 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def now(device: str = "cpu") -> float:
-    """The time, once the device has done all that was asked of it."""
     if device != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()

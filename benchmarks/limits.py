@@ -1,8 +1,7 @@
 """How near the U-Net is to what this machine's convolutions and matrix products allow at the same shapes.
 
-Every convolution, linear layer and attention of one forward is timed alone, on inputs of its own shape; their sum is
-the physical limit of this network here. What the forward takes beyond it are normalisations, activations, memory
-traffic and Python.
+Every convolution, linear layer and attention of one forward is timed alone; their sum is this network's limit here.
+What the forward takes beyond it are normalisations, activations, memory traffic and Python.
 
     python benchmarks/limits.py --dtype bfloat16
 """

@@ -42,7 +42,8 @@ STATIC, DYNAMIC = "generate_test_dataset_stp.py", "generate_test_dataset_dtp.py"
 OPPOSITE = "generate_test_dataset-opposite_guidance.py"
 BOUND = 1e-3  # of the final latents, float32
 SCALE, STEPS, FIRST_SEED = 7.5, 50, 42  # written into the scripts
-THEIR_IMAGES, OUR_IMAGES = 4, 64  # of a timed round
+PROMPTS, SEEDS = 4, range(FIRST_SEED, FIRST_SEED + 2)  # that are compared
+ROUNDS, THEIR_IMAGES, OUR_IMAGES = 3, 4, 64  # of timing
 
 
 @dataclass
@@ -127,7 +128,6 @@ class Shim:
         return Record(ended, self.pictures, self.changes)
 
     def compiled(self, source: str):
-        """The script's code, with the device replaced and a stand-in for every import that fails."""
         tree, devices = ast.parse(source), 0
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and node.value == "cuda":
@@ -401,20 +401,15 @@ def main() -> None:
         return run_job(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help=f"folder of a clone of {REPOSITORY}")
-    parser.add_argument("--prompts", type=int, default=4, help="memorized prompts that are compared")
-    parser.add_argument("--seeds", type=int, default=2, help=f"of each, from {FIRST_SEED} on")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 leaves it out")
-    options = parser.parse_args()
-    scripts, denoiser = found_scripts(options.clone), basinlab.load("emoji-duplicated")
+    scripts, denoiser = found_scripts(parser.parse_args().clone), basinlab.load("emoji-duplicated")
     official = Official(scripts, denoiser, timeout=600)
     every = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()
-    prompts, seeds = every[: options.prompts], range(FIRST_SEED, FIRST_SEED + options.seeds)
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    pairs = [(prompt, seed) for prompt in every[:PROMPTS] for seed in SEEDS]
     agreement, rounds = [], []
     for case in cases():
-        agreement.append(compared(case, official.run(case, pairs), denoiser, prompts, seeds))
+        agreement.append(compared(case, official.run(case, pairs), denoiser, every[:PROMPTS], SEEDS))
         print(agreement[-1], flush=True)
-    for case in [case for case in cases() if not case.changes.get("epsilon")] * options.rounds:
+    for case in [case for case in cases() if not case.changes.get("epsilon")] * ROUNDS:
         rounds.append({"case": case.name, **timed(official, case, denoiser, every[:8])})
         print(rounds[-1], flush=True)
     speed = pd.DataFrame(rounds, columns=["case", *SPEEDS]).groupby("case", sort=False)
@@ -424,17 +419,17 @@ def main() -> None:
     speed = pd.DataFrame(told).reset_index()
     table = pd.DataFrame(agreement).merge(speed, on="case", how="left")
     table.to_csv(RESULTS / "official.csv", index=False, float_format="%.4g")
-    (RESULTS / "official.md").write_text(report(official, agreement, speed, denoiser, options))
+    (RESULTS / "official.md").write_text(report(official, agreement, speed, denoiser))
 
 
-def report(official: Official, agreement: list[dict], speed: pd.DataFrame, denoiser: Denoiser, options) -> str:
+def report(official: Official, agreement: list[dict], speed: pd.DataFrame, denoiser: Denoiser) -> str:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
     digests = [f"{name} {hashlib.sha256(p.read_bytes()).hexdigest()[:12]}" for name, p in official.scripts.items()]
     changes = [{"change": change, "in": "; ".join(sorted(homes))} for change, homes in official.changes.items()]
     tables = {"Agreement": agreement, "Speed": speed, "What the shim changes": changes}
     parts = [
         "# Against the official scripts",
-        f"{denoiser.name}, {options.prompts} memorized prompts x {options.seeds} seeds, {STEPS} steps, scale {SCALE}, "
+        f"{denoiser.name}, {PROMPTS} memorized prompts x {len(SEEDS)} seeds, {STEPS} steps, scale {SCALE}, "
         f"float32, CPU. {versions}. Scripts (SHA-256): {'; '.join(digests)}.",
         "Agreement: largest absolute differences, and how many transition points are the same. OG+DTP: latents are "
         "held against our sampler under the weights that the script was seen to use, as its rule is not ours. DTP: "

@@ -37,6 +37,22 @@ def random_weights(device: str, dtype: torch.dtype, tiny: bool) -> StableDiffusi
     return StableDiffusion("random", pipeline, torch.device(device), shape, bundled.scheduler)
 
 
+def measured(ways: dict, rounds: int, inside: list[float], device: str) -> dict[str, list[float]]:
+    """Images a second of each way, our ratios to the pipeline, and the share of our time in the U-Net."""
+    rates, shares = {name: [] for name in ways}, []
+    for number in range(rounds + 1):  # the first warms up
+        for name, (work, images) in ways.items():
+            inside.clear()
+            seconds = seconds_of(work, device)
+            if number:
+                rates[name].append(images / seconds)
+                shares += [sum(inside) / seconds] if name == "basinlab, CFG" else []
+    columns = {f"{name}, images/s": values for name, values in rates.items()}
+    for mine, other in [(mine, other) for mine in [*ways][2:] for other in [*ways][:2]]:
+        columns[f"{mine} / {other}"] = [a / b for a, b in zip(rates[mine], rates[other], strict=True)]
+    return columns | {"share of our time in the U-Net": shares}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="random weights in Stable Diffusion 1.4's sizes")
@@ -71,19 +87,9 @@ def main() -> None:
         "basinlab, CFG": (partial(ours, basinlab.ConstantGuidance(7.5)), options.batch),
         "basinlab, STP at 500": (partial(ours, basinlab.StaticTransitionPoint(500, 7.5)), options.batch),
     }
-    rates, inside, shares = {name: [] for name in ways}, clocked(denoiser.unet, device), []
-    for number in range(options.rounds + 1):  # the first warms up
-        for name, (work, images) in ways.items():
-            inside.clear()
-            seconds = seconds_of(work, device)
-            if number:
-                rates[name].append(images / seconds)
-                shares += [sum(inside) / seconds] if name == "basinlab, CFG" else []
-    columns = {f"{name}, images/s": values for name, values in rates.items()}
-    for mine, other in [(mine, other) for mine in [*ways][2:] for other in [*ways][:2]]:
-        columns[f"{mine} / {other}"] = [a / b for a, b in zip(rates[mine], rates[other], strict=True)]
+    columns = measured(ways, options.rounds, clocked(denoiser.unet, device), device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak_gib()
-    columns |= {"share of our time in the U-Net": shares, "peak memory GiB": [peak]}
+    columns["peak memory GiB"] = [peak]
     size = "a rehearsal at tiny size" if options.tiny else denoiser.name
     note = f"{size}, batches of {options.batch}, {options.steps} steps, {options.dtype}, {options.device}"
     write("sampling" if denoiser.name != "random" else "random", columns, note, options.out)

@@ -37,8 +37,7 @@ def work(folder: Path) -> None:
     team.destroy_process_group()
 
 
-def launched(processes: int) -> float:
-    """Samples a second of one run with so many processes."""
+def launched(processes: int) -> float:  # samples a second
     with tempfile.TemporaryDirectory() as folder:
         several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]

@@ -23,8 +23,8 @@ def sweep(denoiser, starts=None, prompts=PROMPTS, seeds=SEEDS, steps=STEPS, **op
     return basinlab.sweep(denoiser, prompts, seeds, starts, steps=steps, progress=False, **options)
 
 
-def sample(denoiser, guidance, **options):
-    return basinlab.sample(denoiser, PROMPTS, SEEDS, guidance, steps=STEPS, progress=False, **options)
+def sample(denoiser, guidance, steps=STEPS, **options):
+    return basinlab.sample(denoiser, PROMPTS, SEEDS, guidance, steps=steps, progress=False, **options)
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ SOLVERS = "DPMSolverMultistep UniPCMultistep DEISMultistep DDIM EulerAncestralDi
 
 @pytest.mark.parametrize("solver, before", [*[(name, 0.0) for name in SOLVERS], (SOLVERS[0], -2.0)])
 def test_every_fork_is_the_run_with_that_start(tiny, solver, before):
-    options = {"scheduler": f"{solver}Scheduler"}
-    times = [int(t) for t in new_scheduler(tiny, options["scheduler"], STEPS).timesteps]
+    options = {"scheduler": f"{solver}Scheduler", "steps": 6}
+    times = [int(t) for t in new_scheduler(tiny, options["scheduler"], 6).timesteps]
     found = sweep(tiny, [*times, 0], before=ConstantGuidance(before), **options)
     assert found.starts == sorted({*times, 0}, reverse=True)  # 0 is never, or the last timestep where that is 0
     assert found.latents.shape == (4, len(found.starts), 4, 16, 16)
@@ -116,15 +116,6 @@ def test_guidance_that_forks_cannot_share_is_refused(tiny, guidance, message):
         sweep(tiny, after=guidance)
     with pytest.raises(ValueError, match=message):
         basinlab.bisect(tiny, PROMPTS, SEEDS, None, after=guidance)
-
-
-def test_latents_that_are_not_finite_are_named(tiny):
-    broken = copy.copy(tiny)
-    broken.text_encoder = copy.deepcopy(tiny.text_encoder)
-    with torch.no_grad():
-        broken.text_encoder.get_input_embeddings().weight[tiny.tokenizer("tomato").input_ids[1]] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"'a picture of a tomato', seed 0, .*after step 3 \(t = "):
-        sweep(broken, [tiny.timesteps(STEPS)[3]])
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tiny, rows, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 import basinlab
+from recipe import scorecard
 
 
 @pytest.fixture
@@ -165,12 +166,12 @@ def test_words_beyond_the_text_encoder_are_named(tiny):
         tiny.embed("an owl")
 
 
-def test_decode_and_encode_use_the_scaling_factor(tiny):
+def test_decode_and_the_scorecards_encoder_use_the_scaling_factor(tiny):
     pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = tiny.vae.encode(pictures * 2 - 1).latent_dist.mean * 0.8
         decoded = (tiny.vae.decode(latents / 0.8).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(tiny.encode(pictures), latents, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scorecard.encoded(tiny, pictures), latents, atol=1e-4, rtol=0)
     torch.testing.assert_close(tiny.decode(latents), decoded, atol=1e-4, rtol=0)
 
 

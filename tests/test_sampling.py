@@ -206,7 +206,7 @@ def test_dynamic_point_is_that_of_the_epsilon_magnitude(tiny, predicts):
         close(run.latents[b, : point + 1], unguided.latents[b, : point + 1])
         changed += not torch.equal(run.latents[b, point + 1], unguided.latents[b, point + 1])
     assert found and changed >= found / 2  # in the plane two predictions may be one to all digits
-    alone = sample(denoiser, mitigations=DynamicTransitionPoint(5.0, latest=0), batch_size=1, **{"steps": 50, **what})
+    alone = sample(denoiser, mitigations=DynamicTransitionPoint(5.0, latest=0), batch_size=4, **{"steps": 50, **what})
     assert torch.equal(alone.transition_point.nan_to_num(), run.transition_point.nan_to_num())
     close(alone.latents, run.latents)
 

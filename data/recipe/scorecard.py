@@ -61,10 +61,19 @@ def layout_floor(scenario: Scenario, false_positive_rate: float = 0.001) -> floa
     return float(torch.cat(others).quantile(1 - false_positive_rate))
 
 
+def encoded(denoiser: Denoiser, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, H, W] of pictures [B, 3, height, width] in 0..1: the posterior's mean, on the CPU."""
+    vae = denoiser.vae
+    with torch.inference_mode():
+        parts = [part.to(vae.device, vae.dtype) for part in pictures.split(64)]
+        means = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in parts])
+        return means.float().cpu() * vae.config.scaling_factor
+
+
 def colour_of_mean(denoiser: Denoiser) -> torch.Tensor:
     """The linear map [C, 3] from a latent's mean to a background colour that fits real scenes best."""
     pictures, _ = unseen_scenes()
-    means = denoiser.encode(pictures).mean(dim=(2, 3))
+    means = encoded(denoiser, pictures).mean(dim=(2, 3))
     ones = torch.ones(len(means), 1)
     return torch.linalg.lstsq(torch.cat([means, ones], 1), background_colour(pictures)).solution[:-1]
 
@@ -94,7 +103,7 @@ def _instruments(claims: Claims, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = unseen_scenes()
     seen = judges.alignment.classify(judges.alignment.picture_features(pictures), judges.objects)
-    error = (denoiser.decode(denoiser.encode(pictures)) - pictures).square().flatten(1).mean(dim=1)
+    error = (denoiser.decode(encoded(denoiser, pictures)) - pictures).square().flatten(1).mean(dim=1)
     psnr = -10 * error.log10().numpy()
     claims.number("VAE, unseen scenes: PSNR in dB", psnr.mean(), *bootstrap_interval(psnr), len(psnr), least=28)
     claims.share("CLIP, unseen scenes: object right", np.equal(seen, names), least=0.95)
