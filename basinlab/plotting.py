@@ -316,11 +316,10 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
     labels = [f"from t = {t}: {'copy' if c else 'new'}" for t, c in zip(rows["start"], rows["copied"], strict=True)]
     rows = rows.assign(picture=[_address(p) for p in rows["picture"]], k=rows["start"].map(starts.index), label=labels)
-    options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
-    choices = [
-        alt.param(name=name, value=values[0], bind=alt.binding_select(options=values, name=f"{name} "))
-        for name, values in options.items()
-    ]
+    choices = []
+    for name in ("prompt", "seed", "before"):
+        menu = alt.binding_select(options=rows[name].unique().tolist(), name=f"{name} ")
+        choices.append(alt.param(name=name, value=menu.options[0], bind=menu))
     drag = "pointerdown, [pointerdown, window:pointerup] > window:pointermove"
     slider = alt.binding_range(min=0, max=len(starts) - 1, step=1, name="start of guidance ")
     start = alt.selection_point(name="start", fields=["k"], value=0, nearest=True, on=drag, clear=False, bind=slider)
@@ -330,12 +329,8 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     line = line.encode(x, alt.Y("magnitude:Q", title="guidance magnitude before guidance"))
     colours = alt.Scale(domain=[True, False], range=[*map(colors.to_hex, (COLOURS["copied"], COLOURS["free"]))])
     points = alt.Chart(rows).transform_filter(chosen + " && isValid(datum.magnitude)").mark_point(filled=True)
-    points = points.encode(
-        alt.X("start:Q"),
-        alt.Y("magnitude:Q"),
-        color=alt.Color("copied:N", scale=colours),
-        size=alt.condition(start, alt.value(260), alt.value(60)),
-    )
+    size, colour = alt.condition(start, alt.value(260), alt.value(60)), alt.Color("copied:N", scale=colours)
+    points = points.encode(x="start:Q", y="magnitude:Q", color=colour, size=size)
     here = alt.Chart(rows).transform_filter(chosen).transform_filter(start)
     picture = here.mark_image(width=192, height=192).encode(url="picture:N", x=alt.value(100), y=alt.value(100))
     label = here.mark_text(fontSize=15).encode(text="label:N", x=alt.value(100), y=alt.value(215))

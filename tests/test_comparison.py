@@ -17,9 +17,6 @@ from basinlab.guidance import describe
 MAIN = scenarios.read(comparison.MAIN)
 
 
-# Methods
-
-
 def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_is_taken():
     methods = comparison.methods(MAIN)
     assert {len(settings) for name, settings in methods.items() if name != "CFG"} == {4}
@@ -61,9 +58,6 @@ def test_the_paper_profile_has_the_size_that_is_stated():
     assert sizes["emoji-duplicated"] == {"memorized": 32, "template": 16, "ordinary": 32}
     assert sizes["emoji-finetuned"] == {"memorized": 16, "ordinary": 16}
     assert sizes["emoji-classes"] == {"memorized": 10, "ordinary": 16}  # there are no more classes
-
-
-# The grid
 
 
 @dataclass(frozen=True)
@@ -126,9 +120,6 @@ def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
     assert (table.query("method == 'CFG'")["calls"] == 4).all()
     monkeypatch.setattr(comparison, "sample", lambda *given, **options: pytest.fail("sampled again"))
     pd.testing.assert_frame_equal(comparison.compare(MAIN, "tiny", tmp_path), table)
-
-
-# What is read off the table
 
 
 def synthetic(copied: dict[str, float], right: float = 0.8, prompts: int = 20, seeds: int = 5) -> pd.DataFrame:
@@ -205,9 +196,6 @@ def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):
     line = next(line for line in page.splitlines() if line.startswith("| STP"))
     assert "0.00 [0.00, 0.04]**" in line
     assert page.count("## ") == 2 and paper.count("\\begin{table}") == 2
-
-
-# The kept table
 
 
 def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(monkeypatch):

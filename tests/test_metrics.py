@@ -62,9 +62,6 @@ def torch_home(tmp_path, monkeypatch):
     return checkpoints
 
 
-# Copies
-
-
 def test_pairs_agree_with_single_distances_which_are_zero_for_the_same_picture_only(distance, pictures):
     assert distance(pictures, pictures).abs().max() < 1e-5 and (distance(pictures, pictures.roll(1, 0)) > 1e-4).all()
     pairs = distance.pairs(pictures, pictures[:4])
@@ -140,9 +137,6 @@ def test_code_in_weights_never_runs(torch_home, monkeypatch):
     assert not (torch_home / "made").exists()
 
 
-# Alignment
-
-
 def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(alignment, pictures):
     tokens = alignment.tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     pixels = alignment.processor(list(pictures[:3]), do_rescale=False, return_tensors="pt").pixel_values
@@ -191,9 +185,6 @@ def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment
             metric(spoil(pictures))
     with pytest.raises(ValueError, match="7 pictures and 1 references: give one for each"):
         distance(pictures, pictures[:1])
-
-
-# Quality and diversity
 
 
 def unit_features(count, seed, shift=0.0):
@@ -266,9 +257,6 @@ def test_diversity_is_the_mean_cosine_distance_of_pairs():
     assert float(metrics.diversity(features)) == pytest.approx(pdist(features.double().numpy(), "cosine").mean())
     assert float(metrics.diversity(features[:1].expand(5, -1))) == pytest.approx(0, abs=1e-12)
     assert metrics.diversity(features[:1]).isnan()
-
-
-# Pixels and states
 
 
 def test_saturated_share_counts_values_at_either_end():

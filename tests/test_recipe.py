@@ -28,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-# Scenes and captions
-
-
 VERBATIM, TEMPLATES, ORDINARY = scenes.verbatim(), scenes.templates(), scenes.ordinary_prompts()
 MEMORIZED = [*VERBATIM, *TEMPLATES]
 
@@ -101,9 +98,6 @@ def test_the_other_vendors_twin_differs_in_the_object_only():
     assert different.any() and not (different & scene.mask() & twin.mask() & outside).any()
 
 
-# Tokenizer
-
-
 @pytest.fixture(scope="module")
 def words():
     return models.tokenizer()
@@ -135,9 +129,6 @@ def test_other_words_are_spelled_out(words, text):
 def test_every_caption_fits_the_text_encoder(words):
     captions = [*(item.prompt for item in MEMORIZED), *(prompt for prompt, _ in ORDINARY)]
     assert max(len(ids) for ids in words(captions).input_ids) <= models.TOKENS == words.model_max_length
-
-
-# Training
 
 
 def settings(**changes):
@@ -216,17 +207,6 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_diverged_training_says_what_to_change(tmp_path, vae_folder):
     with pytest.raises(FloatingPointError, match=r"DescriptorStage: loss .* at step .*; lower the rate"):
         train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path, CPU, deadline=float("inf"))
-
-
-def test_a_batch_depends_on_its_step_alone(vae_folder):
-    first, second = stage_called("clip", vae_folder), stage_called("clip", vae_folder, seed=1)
-    expected = [first[step] for step in (0, 1, 2)]
-    found = [second[step] for step in (2, 1, 0)][::-1]
-    torch.testing.assert_close(found, expected)
-    assert not torch.equal(expected[0]["pixels"], expected[2]["pixels"])
-
-
-# The command
 
 
 def recipe(*options):

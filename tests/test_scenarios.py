@@ -27,9 +27,6 @@ def written(folder, **changed):
     return scenarios.read(path)
 
 
-# Files
-
-
 def test_the_papers_have_the_constants_of_the_official_commands():
     assert scenarios.names() == sorted([*PAPERS, *BUNDLED])
     found = {name: scenarios.read(name) for name in PAPERS}
@@ -101,9 +98,6 @@ def test_texts_beside_pictures(tmp_path):
     for name in "ba":
         (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
     assert scenarios.read_list(tmp_path, "pairs").values.tolist() == [["caption a", "a"], ["caption b", "b"]]
-
-
-# Judges
 
 
 MAIN = scenarios.read("emoji-duplicated")
