@@ -1,7 +1,6 @@
 """Forks: the steps before the guidance starts are run once, and a copy goes on from every start.
 
-``sweep`` starts the guidance at many timesteps, ``bisect`` looks for the one at which the outcome flips. Each fork is
-the run of `sample` with that start, with the solver's history.
+Each fork is the run of `sample` with that start, with the solver's history.
 """
 
 import warnings
@@ -145,8 +144,8 @@ def sweep(
 
     Args:
         starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
-        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5, which may not remember
-            steps, as a dynamic transition point does.
+        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5. ``after`` may not
+            remember steps, as a dynamic transition point does.
         measure: make both predictions before the start, so that the guidance magnitude is known.
         folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
 

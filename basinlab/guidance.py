@@ -20,11 +20,7 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 
 def describe(mitigation) -> dict:
-    """The class and the settings of a mitigation, for a record of what was done.
-
-    >>> describe(ConstantGuidance(3.0))
-    {'name': 'ConstantGuidance', 'guidance_scale': 3.0}
-    """
+    """The class and the settings of a mitigation, for a record of what was done."""
     settings = asdict(mitigation) if is_dataclass(mitigation) else _settings(mitigation)
     return {"name": type(mitigation).__name__, **settings}
 

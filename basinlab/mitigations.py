@@ -1,8 +1,8 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
-A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself, so that a result does
-not depend on the batch around it. What is drawn at random depends on the seed, apart from the initial noise. Lists of
-mitigations are applied in order: ``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])``.
+A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself. What it draws at random
+depends on the seed, apart from the initial noise. A list of them is applied in order:
+``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])``.
 
 Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space scales with the
 square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T) of the noise schedule as well.
@@ -221,8 +221,7 @@ class NoiseAscent(Mitigation):
     """Initial noise moved away from where the guidance grows, without gradients.
 
     Han et al., NeurIPS 2025 (arXiv 2510.08625), batch-wise: with g = eps_c - eps_u, each iteration replaces x_T by
-    x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth step on; that is the
-    guidance's part. The defaults are theirs.
+    x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth step on. Defaults are theirs.
     """
 
     rho: float = 50.0
@@ -247,8 +246,7 @@ class SharpnessAwareNoise(_Descent):
 
     Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius`` ahead along the
     guidance, which stands for the sharpness, plus ``pull`` times the norm of the noise, until the sum is at most
-    ``target``. Theirs draws new noise for a sample that misses the target; here it keeps what it reached. The defaults
-    are theirs.
+    ``target``. Theirs draws new noise for a sample that misses it; here it keeps what it reached. Defaults are theirs.
     """
 
     calls = 4

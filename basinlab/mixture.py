@@ -46,10 +46,9 @@ class MixtureDenoiser(Denoiser):
 
     @classmethod
     def with_duplicate(cls, share: float = 0.8, **options) -> "MixtureDenoiser":
-        """Six broad modes on a ring and one duplicated point.
+        """Six broad modes on a ring and one duplicated point, which is drawn once in a hundred without a prompt.
 
-        The prompt "memorized" means the duplicate in ``share`` of its uses and else the first mode, "ordinary" always
-        that one. Without a prompt a point is of any mode, or, in one case of a hundred, the duplicate.
+        "memorized" means the duplicate in ``share`` of its uses and else the first mode, "ordinary" always that one.
         """
         angles = np.pi / 3 * np.arange(6)
         ring = 6 * np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -106,7 +106,7 @@ class TokenAttention:
 
 @dataclass
 class StableDiffusion(Denoiser):
-    """A StableDiffusionPipeline (1.x, 2.x) as a `Denoiser`, on the paper's solver, DPM-Solver multistep."""
+    """A StableDiffusionPipeline (1.x, 2.x) as a `Denoiser`."""
 
     name: str
     pipeline: DiffusionPipeline
@@ -207,8 +207,6 @@ def load(
             is in the Hugging Face cache. Nothing is downloaded, and only safetensors are read.
         unet: folder of a fine-tuned U-Net: all its weights, or those that differ from the U-Net of ``name``.
         resolution: side of the pictures in pixels, where it is not the U-Net's own.
-
-    Raises ValueError for what would give wrong predictions, and OSError for a file that is missing or damaged.
 
     >>> denoiser = load("emoji-duplicated")
     >>> denoiser.embed(["a picture of a tomato", "an owl"]).shape[0]
@@ -322,8 +320,7 @@ def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[
 
 
 @contextmanager
-def _reading(folder: Path):
-    """Say of a damaged file where it is, and what helps."""
+def _reading(folder: Path):  # says of a damaged file where it is, and what helps
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

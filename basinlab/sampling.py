@@ -364,8 +364,6 @@ def sample(
         record: keep all latents and predictions, not the last latents only.
         measure: make both predictions at every step, so that the guidance magnitude is known everywhere.
 
-    Raises FloatingPointError where latents become NaN or infinite: it names step, prompt and seed.
-
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
     >>> run = sample(world, "memorized", range(4), basinlab.StaticTransitionPoint(500), progress=False)

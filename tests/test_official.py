@@ -47,12 +47,11 @@ for number in range(2):
 """
 
 
-def run(tmp_path, tiny_folder, ending="", names=None, **options):
+def run(tmp_path, tiny_folder, ending="", **options):
     """The record of the script above, made in a process of its own."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("FINALLY", ending))
-    names = {"scale": 3.0} if names is None else names
-    job = official.Job(str(script), ["--model", str(tiny_folder)], names, [42, 7], **options)
+    job = official.Job(str(script), ["--model", str(tiny_folder)], {"scale": 3.0}, [42, 7], **options)
     (tmp_path / "job.json").write_text(json.dumps(asdict(job)))
     command = [sys.executable, official.__file__, "--job", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -74,8 +73,11 @@ def test_the_shim_runs_lists_its_changes_and_sees_what_the_script_does(tmp_path,
         assert seen.weights == [3.0 if t < 600 else 0.0 for t in seen.timesteps]
 
 
-def test_how_a_script_ends_is_told(tmp_path, tiny_folder):
-    assert run(tmp_path, tiny_folder, names={}).ended == "NameError: name 'scale' is not defined"
+def test_how_a_script_ends_is_told(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(official.Shim, "_watch", lambda self: None)
+    (tmp_path / "script.py").write_text("scale")
+    failing = official.Job(str(tmp_path / "script.py"), [], {}, [42])
+    assert official.Shim(failing).run().ended == "NameError: name 'scale' is not defined"
     ending = "try: FlaxKarrasVeScheduler()\n    except NotImplementedError as error: exit(str(error))"
     record = run(tmp_path, tiny_folder, ending, record=False)
     assert record.ended.startswith("exit(diffusers.FlaxKarrasVeScheduler is not installed")
