@@ -67,8 +67,7 @@ def test_calls_of_the_observation_and_the_sweep(denoiser):
     assert run.predicted_images([0, 4]).shape == (4, 2, 3, 64, 64)
     assert len(basin.dispersion({"cfg": run.of(PROMPTS[0])})) == 5
     assert run.guidance_magnitude.isfinite().all()
-    attractors, radius = run.images(), 0.1
-    starts = [999, 599, 0]
+    attractors, radius, starts = run.images(), 0.1, [999, 599, 0]
     sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS)
     distance = basinlab.PlaneDistance()
     distances = distance(sweep.images().flatten(0, 1), attractors.repeat_interleave(len(starts), 0))
