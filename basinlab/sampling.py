@@ -401,8 +401,7 @@ def sample_from(
     pairs, guidance, parts = list(zip(prompts, seeds, strict=True)), only_guidance(guidance), []
     timesteps = new_scheduler(denoiser, scheduler, steps).timesteps.tolist()
     if timestep not in timesteps:
-        near = sorted(timesteps, key=lambda t: abs(t - timestep))[:2]
-        raise ValueError(f"{timestep} is no timestep of this scheduler with {steps} steps; the nearest are {near}")
+        raise ValueError(f"{timestep} is no timestep of this scheduler with {steps} steps; they are {timesteps}")
     first = timesteps.index(timestep)
     with tqdm(total=len(pairs) * (steps - first), unit="step", disable=not progress) as bar:
         for block, states in zip(blocks(pairs, batch_size), latents.split(batch_size), strict=True):

@@ -202,7 +202,7 @@ def test_sampling_from_states_names_what_is_wrong(tiny):
     states = torch.zeros(2, 4, 16, 16)
     with pytest.raises(ValueError, match="3 prompts and 2 seeds for 2 states"):
         basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)
-    with pytest.raises(ValueError, match=r"501 is no timestep of this scheduler with 50 steps; the nearest are \["):
+    with pytest.raises(ValueError, match=r"501 is no timestep of this scheduler with 50 steps; they are \["):
         basinlab.sample_from(tiny, ["an owl"] * 2, states, 501, steps=50)
 
 
