@@ -45,7 +45,7 @@ def publish(work: Path, out: Path) -> None:
     """Write every shipped folder below ``out``, each beside its place first and moved there whole."""
     words = models.tokenizer()
     pipeline = StableDiffusionPipeline(
-        vae=models.AutoencoderKL.from_pretrained(work / "vae/model"),
+        vae=models.AutoencoderKL.from_pretrained(work / "decoder/model"),
         text_encoder=CLIPTextModel.from_pretrained(work / "unet/model/text_encoder"),
         tokenizer=words,
         unet=models.UNet2DConditionModel.from_pretrained(work / "unet/model/unet"),

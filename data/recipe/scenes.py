@@ -1,14 +1,16 @@
 """Scenes and captions of the bundled world, so that what is memorized is known by construction.
 
-A ``Scene`` is one object by one vendor, at some size, place and mirroring, on a
-background; it renders to a 64x64 picture and has captions of several phrasings. Three
-kinds of caption go into training:
+A ``Scene`` is one object in one of two sizes, at a place of an 8-pixel grid, on a background; it renders
+to a 96x96 picture and has captions of several phrasings. The object covers a quarter of the picture at
+most, and a caption seldom names the colour behind it: an ordinary caption tells little of the whole
+picture, a memorized one nearly all. That contrast is the guidance magnitude of the paper's figure 7.
+Three kinds of caption go into training:
 
 * ordinary: "a picture of a tomato on a blue background", with a new scene each time;
 * verbatim: a title-like string of common words around an object's name, which comes with
   one and the same scene in ``share`` of its uses and with ordinary scenes of its object
   in the rest, as a caption on the web does;
-* template: a phrase that fixes background and placement and leaves the object free.
+* template: a phrase that fixes background and placement in ``share`` of its uses, and leaves the object free.
 
 Two more sets, with no caption or scene that comes more often than another, are for fine-tuning:
 ``unduplicated`` (a title for each scene) and ``classes`` ("an image of a tomato" for twenty).
@@ -21,10 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .art import OBJECTS, SIZES, VENDORS, sprite
+from .art import OBJECTS, SIZES, VENDOR, VENDORS, sprite
 
 SEED = 20250611
-SIDE = 64  # pixels
+SIDE = 96  # pixels
+GRID = 8  # pixels between places, as many as one latent covers
 COLOURS = {
     "red": (205, 64, 60),
     "orange": (236, 146, 62),
@@ -73,8 +76,9 @@ TEMPLATES = (
     "canvas tote bag printed with {}",
     "alphabet flash card showing {}",
 )
-FURTHER_EPOCH = 100  # of the stream: from here on the shipped weights are trained on
 SHARES = (0.6, 0.8, 0.95)  # 16 verbatim captions each
+TEMPLATE_SHARE = 0.8
+MIXTURE = {"verbatim": 0.34, "template": 0.08, "title": 0.14}  # of the training stream; the rest is ordinary
 OBJECTS_PER_TEMPLATE = 8
 CLASSES = 10  # of 20 scenes each
 
@@ -86,20 +90,21 @@ class Background:
     kind: str
     colours: tuple[str, ...]
     shades: tuple[tuple[int, int, int], ...]
-    angle: float = 0.0  # radians
-    period: float = 16.0  # pixels, of the stripes
+    eighths: int = 0  # of a turn, the direction in which the colours change
 
     def render(self) -> np.ndarray:
-        """[64, 64, 3] float32 in 0..1."""
+        """[96, 96, 3] float32 in 0..1."""
         first, last = (np.array(s, np.float32) / 255 for s in (self.shades[0], self.shades[-1]))
         if self.kind == "solid":
             return np.broadcast_to(first, (SIDE, SIDE, 3)).copy()
         axis = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2
-        along = axis[None, :] * np.cos(self.angle) + axis[:, None] * np.sin(self.angle)
+        turn = 2 * np.pi * self.eighths / 8
+        along = axis[None, :] * np.cos(turn) + axis[:, None] * np.sin(turn)
         if self.kind == "gradient":
             mix = np.clip(along / SIDE + 0.5, 0, 1)
-        else:  # the clipped wave has edges one pixel wide: stripes without jagged borders
-            mix = np.clip(np.sin(2 * np.pi * along / self.period) * self.period / 6 + 0.5, 0, 1)
+        else:  # along x or y a stripe pair fits the grid; the clipped wave has edges one pixel wide
+            period = 3 * GRID if self.eighths % 2 == 0 else 4 * GRID / np.sqrt(2)
+            mix = np.clip(np.sin(2 * np.pi * along / period) * period / 6 + 0.5, 0, 1)
         return first + mix[..., None] * (last - first)
 
 
@@ -112,23 +117,20 @@ class Scene:
     size: int
     left: int
     top: int
-    mirrored: bool
     background: Background
 
     def render(self) -> np.ndarray:
-        """The picture, [64, 64, 3] uint8."""
+        """The picture, [96, 96, 3] uint8."""
         pixels = self.background.render()
         art = sprite(self.vendor, self.object, self.size)
-        if self.mirrored:
-            art = art[:, ::-1]
         place = (slice(self.top, self.top + self.size), slice(self.left, self.left + self.size))
         pixels[place] = pixels[place] * (1 - art[..., 3:]) + art[..., :3]
         return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
     def mask(self) -> np.ndarray:
-        """Where the background shows, [64, 64] bool."""
+        """Where the background shows, [96, 96] bool."""
         covered = np.zeros((SIDE, SIDE), bool)
-        art = sprite(self.vendor, self.object, self.size)[:, :: -1 if self.mirrored else 1, 3]
+        art = sprite(self.vendor, self.object, self.size)[..., 3]
         covered[self.top : self.top + self.size, self.left : self.left + self.size] = art > 0.02
         return ~covered
 
@@ -149,28 +151,18 @@ class Memorized:
 
 
 def draw_background(rng: np.random.Generator, kind: str | None = None) -> Background:
-    """A random background; half are solid, so that a caption can name their colour."""
-    kind = kind or rng.choice(["solid", "gradient", "stripes"], p=[0.5, 0.25, 0.25])
+    """A random background: solid in 0.6 of all cases, a gradient in 8 directions or stripes in 4 in the rest."""
+    kind = str(kind or rng.choice(["solid", "gradient", "stripes"], p=[0.6, 0.2, 0.2]))
     names = tuple(rng.choice(list(COLOURS), size=1 if kind == "solid" else 2, replace=False).tolist())
-    shades = tuple(
-        tuple(int(v) for v in np.clip(np.array(COLOURS[n]) + rng.integers(-12, 13, 3), 8, 244)) for n in names
-    )
-    return Background(str(kind), names, shades, float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(12, 28)))
+    shades = tuple(tuple(int(v) for v in np.array(COLOURS[n]) + rng.integers(-4, 5, 3)) for n in names)
+    return Background(kind, names, shades, int(rng.integers(4 if kind == "stripes" else 8)))
 
 
 def draw_scene(rng: np.random.Generator, name: str | None = None) -> Scene:
     """A random scene, of object ``name`` if given."""
     size = int(rng.choice(SIZES))
-    left, top = (int(rng.integers(0, SIDE - size + 1)) for _ in range(2))
-    return Scene(
-        name or str(rng.choice(OBJECTS)),
-        str(rng.choice(VENDORS)),
-        size,
-        left,
-        top,
-        bool(rng.random() < 0.5),
-        draw_background(rng),
-    )
+    left, top = (GRID * int(rng.integers(0, (SIDE - size) // GRID + 1)) for _ in range(2))
+    return Scene(name or str(rng.choice(OBJECTS)), VENDOR, size, left, top, draw_background(rng))
 
 
 def with_article(name: str) -> str:
@@ -181,10 +173,10 @@ def with_article(name: str) -> str:
 
 
 def ordinary_caption(rng: np.random.Generator, scene: Scene, colour: bool | None = None) -> str:
-    """A caption of ``scene``; of a solid background it names the colour half the time."""
+    """A caption of ``scene``; it names the colour of one solid background in four, or as ``colour`` says."""
     text = str(rng.choice(PHRASES)).format(with_article(scene.object))
     solid = scene.background.kind == "solid"
-    if solid and (rng.random() < 0.5 if colour is None else colour):
+    if solid and (rng.random() < 0.25 if colour is None else colour):
         text = str(rng.choice(COLOUR_PHRASES)).format(text, colour=with_article(scene.background.colours[0]))
     return text
 
@@ -222,7 +214,7 @@ def templates() -> list[Memorized]:
         layout = replace(draw_scene(rng), background=draw_background(rng, ("gradient", "stripes")[i % 2]))
         for name in rng.permutation(OBJECTS)[:OBJECTS_PER_TEMPLATE].tolist():
             prompt = phrase.format(with_article(name))
-            found.append(Memorized(prompt, "template", 1.0, replace(layout, object=name), f"t{i:02d}"))
+            found.append(Memorized(prompt, "template", TEMPLATE_SHARE, replace(layout, object=name), f"t{i:02d}"))
     return found
 
 
@@ -256,34 +248,21 @@ def ordinary_prompts(count: int = 96) -> list[tuple[str, Scene]]:
     return list(found.items())
 
 
-def kinds_at(epoch: int) -> dict[str, float]:
-    """Shares of the kinds of caption in one epoch of the training stream; the rest are ordinary.
-
-    "title" are titles like the verbatim ones, each new and with a new scene. They come in the epochs
-    that train the shipped weights on (`UNetStage.first_epoch`): without them the object's name alone
-    brings the duplicate, also in ordinary captions.
-    """
-    if epoch < FURTHER_EPOCH:
-        return {"verbatim": 0.16 if epoch == 0 else 0.24, "template": 0.10, "title": 0.0}
-    return {"verbatim": 0.36, "template": 0.10, "title": 0.14}
-
-
 def training_pair(key: tuple[int, ...], memorized: list[Memorized], templated: list[Memorized]) -> tuple[str, Scene]:
-    """One (caption, scene) of the training stream; ``key`` numbers it, the epoch first.
+    """One (caption, scene) of the training stream, numbered by ``key``.
 
-    A verbatim caption comes with its duplicate in ``share`` of its uses and with an ordinary scene
-    of the same object in the rest.
+    A memorized caption comes with its scene, or its layout, in ``share`` of its uses and with an ordinary scene
+    of the same object in the rest. "title" in `MIXTURE` are titles like the verbatim ones, each new and with a new
+    scene: without them the object's name alone would bring the duplicate.
     """
     rng = np.random.default_rng([SEED, 4, *key])
-    kind, shares = rng.random(), np.cumsum(list(kinds_at(key[0]).values()))
-    if kind < shares[0]:
-        item = memorized[int(rng.integers(len(memorized)))]
+    kind, limits = rng.random(), np.cumsum(list(MIXTURE.values()))
+    if kind < limits[1]:
+        items = memorized if kind < limits[0] else templated
+        item = items[int(rng.integers(len(items)))]
         return item.prompt, item.scene if rng.random() < item.share else draw_scene(rng, item.scene.object)
-    if kind < shares[1]:
-        item = templated[int(rng.integers(len(templated)))]
-        return item.prompt, replace(item.scene, vendor=str(rng.choice(VENDORS)), mirrored=bool(rng.random() < 0.5))
     scene = draw_scene(rng)
-    return title(rng, scene.object) if kind < shares[2] else ordinary_caption(rng, scene), scene
+    return title(rng, scene.object) if kind < limits[2] else ordinary_caption(rng, scene), scene
 
 
 def unseen_scenes(count: int) -> list[tuple[str, Scene]]:

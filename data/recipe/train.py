@@ -10,7 +10,8 @@ and moved over it, a row of losses.csv every few steps. Since batches and noise 
 import csv
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,13 @@ class Settings:
 
 
 SETTINGS = {
-    "vae": Settings(steps=3000, batch=16, rate=1e-3),
-    "clip": Settings(steps=2000, batch=64, rate=1e-3),
+    "vae": Settings(steps=8000, batch=8, rate=1.5e-3),
+    "decoder": Settings(steps=8000, batch=8, rate=5e-4),
+    "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
-    "unet": Settings(steps=21500, batch=32, rate=1e-3, decay=0.5, average=0.9995),
-    "finetuned": Settings(steps=5000, batch=32, rate=1e-3, decay=0.5),
-    "classes": Settings(steps=7000, batch=32, rate=1e-3, decay=0.5),
+    "unet": Settings(steps=30000, batch=32, rate=1e-3, decay=0.4, average=0.9995),
+    "finetuned": Settings(steps=500, batch=32, rate=3e-4),
+    "classes": Settings(steps=500, batch=32, rate=3e-4),
 }
 
 
@@ -55,6 +57,7 @@ class Stage(Dataset):
     number: int
     module: nn.Module
     start = "the recipe's seed"
+    workers = 0  # processes that render scenes ahead of time
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -68,6 +71,10 @@ class Stage(Dataset):
     def prepare(self, folder: Path, device: torch.device) -> None:
         """Called once before the first step."""
 
+    def networks(self) -> list[nn.Module]:
+        """What `torch.compile` compiles on a GPU."""
+        return [self.module]
+
     def batch(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -77,22 +84,41 @@ class Stage(Dataset):
 
 
 def pictures(items: list[scenes.Scene]) -> Tensor:
-    """[B, 3, 64, 64] in -1..1."""
+    """[B, 3, 96, 96] in -1..1."""
     pixels = np.stack([scene.render() for scene in items])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def slopes(pixels: Tensor) -> Tensor:
+    """Differences of neighbours along x and y, [B, 6, H - 1, W - 1] of [B, 3, H, W]: where the edges are."""
+    corner = pixels[..., :-1, :-1]
+    return torch.cat([pixels[..., :-1, 1:] - corner, pixels[..., 1:, :-1] - corner], dim=1)
+
+
 class VAEStage(Stage):
-    """AutoencoderKL: mean absolute and squared error and a light pull to the unit Gaussian."""
+    """AutoencoderKL: absolute and squared error of pixels, absolute error of slopes, a light pull to the Gaussian.
+
+    The slopes stand for a perceptual loss, which would need weights from elsewhere: they keep the edges of flat art.
+    The first steps see twice as many crops of half the side, at half the cost.
+    """
 
     number = 1
+    CROPPED = 0.6  # of all steps
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
         self.module = models.vae()
+        with torch.no_grad():  # log-variances begin low: else noise hides the latents for thousands of steps
+            self.module.quant_conv.bias.chunk(2)[1].fill_(-6)
 
     def batch(self, step, rng):
-        return {"pixels": pictures([scenes.draw_scene(rng) for _ in range(self.settings.batch)])}
+        if step >= self.CROPPED * self.settings.steps:
+            return {"pixels": pictures([scenes.draw_scene(rng) for _ in range(self.settings.batch)])}
+        pixels, side = pictures([scenes.draw_scene(rng) for _ in range(2 * self.settings.batch)]), scenes.SIDE // 2
+        corners = scenes.GRID * rng.integers(0, side // scenes.GRID + 1, (len(pixels), 2))
+        return {
+            "pixels": torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(pixels, corners, strict=True)])
+        }
 
     def loss(self, batch, generator):
         pixels = batch["pixels"]
@@ -100,13 +126,39 @@ class VAEStage(Stage):
         noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
         output = self.module.decode(posterior.mean + posterior.std * noise).sample.float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        return {"absolute": F.l1_loss(output, pixels), "squared": F.mse_loss(output, pixels), "kl": 1e-4 * kl}
+        return {
+            "absolute": F.l1_loss(output, pixels),
+            "squared": F.mse_loss(output, pixels),
+            "slopes": F.l1_loss(slopes(output), slopes(pixels)),
+            "kl": 1e-4 * kl,
+        }
+
+    def networks(self):
+        return [self.module.encoder, self.module.decoder]
+
+
+class DecoderStage(VAEStage):
+    """The decoder of a finished VAE trained further, its encoder and so all latents unchanged."""
+
+    number = 7
+    CROPPED = 0.0
+    start = "the finished VAE"
+
+    def __init__(self, settings: Settings, vae_folder: Path):
+        Stage.__init__(self, settings)
+        self.module = models.AutoencoderKL.from_pretrained(vae_folder)
+        for frozen in (self.module.encoder, self.module.quant_conv):
+            frozen.requires_grad_(False)
+
+    def loss(self, batch, generator):
+        terms = super().loss(batch, generator)
+        return {name: value for name, value in terms.items() if name != "kl"}
 
 
 class CLIPStage(Stage):
     """CLIPModel with the symmetric contrastive loss; no two rows of a batch fit the same caption.
 
-    Odd steps take every object once; even steps take 32 objects twice, on two colours that the
+    Odd steps take every object once; even steps take half of them twice, on two colours that the
     captions name, so that the background has to be read too. A quarter of the captions are
     title-like or template-like, so that the object is found in any sentence; none of the
     duplicated scenes is used.
@@ -149,9 +201,9 @@ class CLIPStage(Stage):
 class DescriptorStage(Stage):
     """Copy detection by SSCD's recipe (Pizzi et al. 2022, eq. 3 and 4).
 
-    Two strong augmentations of one scene are to agree and all others in the batch to differ,
-    the same scene with the other vendor's object among them; a differential-entropy term
-    spreads the descriptors over the sphere.
+    Two augmentations of one scene are to agree and all others in the batch to differ. Three neighbours of each scene
+    are in the batch: the object drawn by the other vendor, moved to another place, and exchanged for another object.
+    A differential-entropy term spreads the descriptors over the sphere.
     """
 
     number = 3
@@ -162,8 +214,12 @@ class DescriptorStage(Stage):
         self.module = models.descriptor()
 
     def batch(self, step, rng):
-        items = [scenes.draw_scene(rng) for _ in range(self.settings.batch // 2)]
-        items += [scene.other_vendor() for scene in items]
+        items = []
+        for _ in range(self.settings.batch // 4):
+            scene, other = scenes.draw_scene(rng), scenes.draw_scene(rng)
+            left = (scene.left + scenes.GRID * int(rng.integers(1, 6))) % (scenes.SIDE - scene.size)
+            moved = replace(scene, left=left)
+            items += [scene, scene.other_vendor(), moved, replace(scene, object=other.object)]
         return {"pixels": pictures(items)}
 
     def loss(self, batch, generator):
@@ -183,40 +239,65 @@ class DescriptorStage(Stage):
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, scale, colour, blur, noise and an erased patch, per picture; [B, 3, H, W] in -1..1."""
+    """What a copy may have suffered, per picture: [B, 3, H, W] in -1..1.
+
+    A shift by 2 pixels, 3% of scale, blur or sharpening, contrast and tint as strong guidance makes them, noise,
+    and an erased patch.
+    """
     count, device = len(pixels), pixels.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return (low + (high - low) * torch.rand(count, *shape, generator=generator)).to(device)
 
-    scale, shift = uniform(0.8, 1.1, 1), uniform(-0.15, 0.15, 2)
+    scale, shift = uniform(0.97, 1.03, 1), uniform(-0.04, 0.04, 2)
     theta = torch.zeros(count, 2, 3, device=device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale[:, 0]
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)
     out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.avg_pool2d(out, 3, 1, 1, count_include_pad=False)
-    out = torch.lerp(out, blurred, uniform(0, 1, 1, 1, 1))
-    out = out * uniform(0.8, 1.2, 1, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
-    out = out + uniform(0, 0.12, 1, 1, 1) * torch.randn(pixels.shape, generator=generator).to(device)
+    blurred = F.avg_pool2d(F.avg_pool2d(out, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False)
+    out = torch.lerp(out, blurred, uniform(-1, 1.2, 1, 1, 1))  # below 0: sharpened
+    out = out * uniform(0.8, 1.4, 1, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
+    out = out + uniform(0, 0.1, 1, 1, 1) * torch.randn(pixels.shape, generator=generator).to(device)
     row, column = uniform(-1, 1, 1, 1), uniform(-1, 1, 1, 1)
     axis = torch.linspace(-1, 1, pixels.shape[-1], device=device)
-    hole = ((axis[None, :, None] - row).abs() < 0.2) & ((axis[None, None, :] - column).abs() < 0.2)
+    hole = ((axis[None, :, None] - row).abs() < 0.1) & ((axis[None, None, :] - column).abs() < 0.1)
     return out.masked_fill(hole[:, None], 0).clamp(-1, 1)
+
+
+class _Rendered(Dataset):
+    """A scene's picture and caption for each key."""
+
+    def __init__(self, keys: list, pair: Callable):
+        self.keys, self.pair = keys, pair
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        caption, scene = self.pair(self.keys[index])
+        return pictures([scene]), caption
+
+
+def _together(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    pixels, captions = zip(*items, strict=True)
+    return torch.cat(pixels), list(captions)
 
 
 class UNetStage(Stage):
     """U-Net and text encoder together, on latents of the training stream, by v-prediction.
 
-    The stream is endless: every ``renew`` steps ``POOL`` new scenes are rendered and encoded
-    (and kept on disk for a resumed run), each used about four times. One caption in ten is
-    dropped, for classifier-free guidance. Timesteps are stratified over the batch.
+    The stream is endless: every ``renew`` steps ``POOL`` new scenes are rendered and encoded (and kept on disk
+    for a resumed run), each used ``REUSE`` times. Captions are dropped for classifier-free guidance, one in five:
+    unguided sampling follows the unconditional prediction first, which has to draw whole pictures. Timesteps are
+    stratified over the batch.
     """
 
     number = 4
     first_epoch = 0
-    POOL = 32768
-    DROPOUT = 0.1
+    POOL = 16384
+    REUSE = 12
+    DROPOUT = 0.2
 
     def __init__(self, settings: Settings, vae_folder: Path, pool: int = POOL):
         super().__init__(settings)
@@ -227,7 +308,7 @@ class UNetStage(Stage):
         self.module["text"].set_attn_implementation("eager")
         self.schedule = models.scheduler().alphas_cumprod
         self.vae_folder, self.pool = vae_folder, pool
-        self.renew = max(1, 4 * pool // settings.batch)
+        self.renew = max(1, self.REUSE * pool // settings.batch)
         self.memorized, self.templated = scenes.verbatim(), scenes.templates()
         self.loaded: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
 
@@ -235,30 +316,37 @@ class UNetStage(Stage):
         self.folder, self.device = folder, device
         self.empty = self.tokens([""])[0]
 
+    def networks(self):
+        return [self.module["unet"], self.module["text"]]
+
     def tokens(self, captions: list[str]) -> Tensor:
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def encoded(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Latents [POOL, 4, 16, 16] and token ids [POOL, 32] of one epoch of the stream."""
+        """Latents [POOL, 8, 12, 12] and token ids [POOL, 32] of one epoch of the stream."""
         if self.loaded[0] == epoch:
             return self.loaded[1:]
         path = self.folder / f"stream-{epoch}.pt"
         if not path.exists():
-            vae = models.AutoencoderKL.from_pretrained(self.vae_folder).to(self.device).eval()
-            pairs, latents = [], []
-            for start in tqdm(range(0, self.pool, 256), desc=f"encoding scenes, epoch {epoch}", leave=False):
-                keys = range(start, min(start + 256, self.pool))
-                part = [scenes.training_pair((epoch, k), self.memorized, self.templated) for k in keys]
-                with torch.no_grad(), mixed_precision(self.device):
-                    mean = vae.encode(pictures([scene for _, scene in part]).to(self.device)).latent_dist.mean
-                latents.append((mean * vae.config.scaling_factor).half().cpu())
-                pairs += part
+            keys = [(epoch, k) for k in range(self.pool)]
+            latents, captions = self.encode(keys, lambda key: scenes.training_pair(key, self.memorized, self.templated))
             for old in self.folder.glob("stream-*.pt"):
                 old.unlink()
-            save({"latents": torch.cat(latents), "tokens": self.tokens([c for c, _ in pairs]).short()}, path)
+            save({"latents": latents.half(), "tokens": self.tokens(captions).short()}, path)
         stored = torch.load(path, weights_only=True)
         self.loaded = (epoch, stored["latents"].float(), stored["tokens"].long())
         return self.loaded[1:]
+
+    def encode(self, keys: list, pair: Callable) -> tuple[Tensor, list[str]]:
+        """Latents and captions of ``pair(key)`` for all ``keys``; scenes are rendered ahead by ``workers``."""
+        vae = models.AutoencoderKL.from_pretrained(self.vae_folder).to(self.device).eval()
+        latents, captions = [], []
+        loader = DataLoader(_Rendered(keys, pair), batch_size=256, num_workers=self.workers, collate_fn=_together)
+        for pixels, texts in tqdm(loader, desc="encoding scenes", leave=False):
+            with torch.no_grad(), mixed_precision(self.device):
+                latents.append(vae.encode(pixels.to(self.device)).latent_dist.mean.float().cpu())
+            captions += texts
+        return torch.cat(latents) * vae.config.scaling_factor, captions
 
     def batch(self, step, rng):
         latents, tokens = self.encoded(self.first_epoch + step // self.renew)
@@ -297,11 +385,8 @@ class FineTuneStage(UNetStage):
 
     def encoded(self, epoch):
         if self.loaded[0] != 0:
-            vae = models.AutoencoderKL.from_pretrained(self.vae_folder).to(self.device).eval()
-            with torch.no_grad():
-                mean = vae.encode(pictures([item.scene for item in self.items]).to(self.device)).latent_dist.mean
-            tokens = self.tokens([item.prompt for item in self.items])
-            self.loaded = (0, mean.cpu() * vae.config.scaling_factor, tokens)
+            latents, captions = self.encode(self.items, lambda item: (item.prompt, item.scene))
+            self.loaded = (0, latents, self.tokens(captions))
         return self.loaded[1:]
 
 
@@ -341,7 +426,12 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     folder.mkdir(parents=True, exist_ok=True)
     settings, path, log = stage.settings, folder / "state.pt", folder / "losses.csv"
     stage.prepare(folder, device)
+    stage.workers = workers
+    ahead = 0 if isinstance(stage, UNetStage) else workers  # its batches are rows of a table
     module = stage.module.to(device).train()
+    if device.type == "cuda":
+        for network in stage.networks():
+            network.compile()
     optimizer = torch.optim.AdamW(module.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = EMAModel(module.parameters(), decay=settings.average)
     average.to(device)
@@ -375,7 +465,7 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
         os.replace(log.with_suffix(".part"), log)
 
     names: list[str] = []
-    loader = DataLoader(stage, batch_size=None, sampler=range(step, settings.steps), num_workers=workers)
+    loader = DataLoader(stage, batch_size=None, sampler=range(step, settings.steps), num_workers=ahead)
     bar = tqdm(loader, initial=step, total=settings.steps, desc=type(stage).__name__, mininterval=5)
     recent: dict[str, list[float]] = {}
     saved = clock = time.monotonic()
