@@ -70,6 +70,7 @@ def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
         "def killed(tensors, path):\n    open(path, 'wb').write(b'half')\n    os.kill(os.getpid(), 9)\n"
         f"store.save_file = killed\nstore.kept('{tmp_path}', 'block', {{}}, lambda: {{}}, '.safetensors')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    here = str(Path(store.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": here})
     assert done.returncode == -9 and not list(tmp_path.glob("*.safetensors"))
     assert kept(tmp_path, "block", {}, lambda: {"x": torch.ones(1)}, ".safetensors")["x"] == 1
