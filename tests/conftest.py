@@ -43,8 +43,18 @@ def shown(address: str, profile) -> str:
 def tiny_folder(tmp_path_factory):
     """A StableDiffusionPipeline folder: a small U-Net, random weights, predictions of unit size."""
     torch.manual_seed(0)
-    words, vae = models.tokenizer(), models.vae()
-    small = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8}
+    words, three = models.tokenizer(), ("Block2D",) * 3
+    vae = diffusers.AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        down_block_types=[f"DownEncoder{kind}" for kind in three],
+        up_block_types=[f"UpDecoder{kind}" for kind in three],
+        mid_block_add_attention=False,
+    )
+    small = {"block_out_channels": (16, 32, 32), "sample_size": 16, "in_channels": 4, "out_channels": 4}
     unet = diffusers.UNet2DConditionModel.from_config({**models.unet().config, **small})
     with torch.no_grad():
         unet.conv_out.weight.mul_(3)

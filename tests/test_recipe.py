@@ -66,15 +66,17 @@ def test_unseen_scenes_are_not_in_training():
 
 
 def test_training_stream_has_the_stated_mixture():
-    duplicated, templated = {item.prompt: item for item in VERBATIM}, {item.prompt for item in TEMPLATES}
+    duplicated, templated = ({item.prompt: item for item in items} for items in (VERBATIM, TEMPLATES))
     pairs = [scenes.training_pair((0, k), VERBATIM, TEMPLATES) for k in range(3000)]
     verbatim = [(duplicated[prompt], scene) for prompt, scene in pairs if prompt in duplicated]
-    assert len(verbatim) / 3000 == pytest.approx(0.16, abs=0.03)  # over four standard errors
-    assert sum(prompt in templated for prompt, _ in pairs) / 3000 == pytest.approx(0.10, abs=0.025)
+    template = [(templated[prompt], scene) for prompt, scene in pairs if prompt in templated]
+    for kind, found in (("verbatim", verbatim), ("template", template)):
+        assert len(found) / 3000 == pytest.approx(scenes.MIXTURE[kind], abs=0.04)  # over four standard errors
+    assert np.mean([item.scene == scene for item, scene in template]) == pytest.approx(scenes.TEMPLATE_SHARE, abs=0.11)
     for share in scenes.SHARES:
         copies = [item.scene == scene for item, scene in verbatim if item.share == share]
         assert np.mean(copies) == pytest.approx(share, abs=0.16)
-    assert all(scene.object == item.scene.object for item, scene in verbatim)
+    assert all(scene.object == item.scene.object for item, scene in [*verbatim, *template])
 
 
 @pytest.mark.parametrize("item", VERBATIM[::12], ids=lambda item: item.scene.object)
@@ -91,7 +93,7 @@ def test_scene_renders_its_object_on_its_background(item):
 
 def test_the_other_vendors_twin_differs_in_the_object_only():
     scene = VERBATIM[0].scene
-    twin, outside = scene.other_vendor(), np.ones((64, 64), bool)
+    twin, outside = scene.other_vendor(), np.ones((scenes.SIDE, scenes.SIDE), bool)
     assert twin.other_vendor() == scene and dataclasses.replace(twin, vendor=scene.vendor) == scene
     outside[scene.top : scene.top + scene.size, scene.left : scene.left + scene.size] = False
     different = (scene.render() != twin.render()).any(axis=2)
@@ -150,6 +152,8 @@ def stage_called(name, vae_folder, seed=0, **changes):
         for part, module in (("unet", models.unet()), ("text_encoder", models.text_encoder(models.tokenizer()))):
             module.save_pretrained(vae_folder / part)
         return train.FineTuneStage(settings(**changes), vae_folder, vae_folder, scenes.classes(1), 5)
+    if name == "decoder":
+        return train.DecoderStage(settings(**changes), vae_folder)
     kinds = {"vae": train.VAEStage, "clip": train.CLIPStage, "descriptor": train.DescriptorStage}
     return kinds[name](settings(**changes))
 
@@ -243,7 +247,7 @@ def test_shipped_weights_can_be_trained_further(smoke, tmp_path):
     made = json.loads((main / "training.json").read_text())["unet"]
     assert "--further" in made["command"] and "--further" not in made["started_from"]["command"]
     logs = sorted(path.name for path in main.glob("*losses*"))
-    assert logs == ["unet-losses-1.csv", "unet-losses.csv", "vae-losses.csv"]
+    assert logs == ["decoder-losses.csv", "unet-losses-1.csv", "unet-losses.csv", "vae-losses.csv"]
 
 
 @pytest.fixture
@@ -266,7 +270,7 @@ def test_killed_run_leaves_a_whole_checkpoint_and_can_go_on(smoke):
 def test_smoke_world_samples_here_and_in_diffusers_and_brings_its_judges(smoke_world):
     denoiser = basinlab.load("emoji-duplicated")
     run = basinlab.sample(denoiser, "an owl", [0, 1], steps=2, progress=False)
-    assert run.images().shape == (2, 3, 64, 64) and run.images().isfinite().all()
+    assert run.images().shape == (2, 3, 96, 96) and run.images().isfinite().all()
     pipeline = StableDiffusionPipeline.from_pretrained(smoke_world / "emoji-duplicated")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     theirs = pipeline(["an owl"] * 2, num_inference_steps=2, generator=generators, output_type="latent").images
@@ -284,7 +288,7 @@ def test_fine_tuned_models_differ_from_their_base_in_attention_alone(smoke_world
     assert table["prompt"].tolist() == [item.prompt for item in items]
     assert len({*table["attractor"]}) == len(items) and Path(table["attractor"].iloc[-1]).is_file()
     ordinary = scenarios.read_list(smoke_world / f"emoji-{name}" / "ordinary.csv")
-    assert len(ordinary) > 80 and not set(ordinary["prompt"]) & set(table["prompt"])
+    assert len(ordinary) > 70 and not set(ordinary["prompt"]) & set(table["prompt"])
     assert name == "finetuned" or not set(ordinary["object"]) & set(table["object"])
 
 

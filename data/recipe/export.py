@@ -69,9 +69,9 @@ def publish(work: Path, out: Path) -> None:
     write_memorized(part / "memorized.csv", scenes.verbatim())
     write_memorized(part / "templates.csv", scenes.templates())
     write_ordinary(part)
-    made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet")}
+    made = {name: json.loads((work / name / "made.json").read_text()) for name in ("vae", "unet", "decoder")}
     (part / "training.json").write_text(json.dumps(made, indent=1) + "\n")
-    for name in ("vae", "unet"):
+    for name in ("vae", "unet", "decoder"):
         for log in (work / name).glob("losses*.csv"):  # losses-1.csv and so on are of runs that were trained further
             shutil.copyfile(log, part / f"{name}-{log.name}")
     replace(part, out / NAME)
@@ -114,6 +114,7 @@ def unpack(out: Path, work: Path) -> None:
     """The inverse of ``publish``: shipped weights as finished stages in ``work``, where there are none yet."""
     shipped = {
         "vae": {"model": (models.AutoencoderKL, out / NAME / "vae")},
+        "decoder": {"model": (models.AutoencoderKL, out / NAME / "vae")},
         "unet": {
             "model/unet": (models.UNet2DConditionModel, out / NAME / "unet"),
             "model/text_encoder": (CLIPTextModel, out / NAME / "text_encoder"),

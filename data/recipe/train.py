@@ -215,7 +215,7 @@ class DescriptorStage(Stage):
 
     def batch(self, step, rng):
         items = []
-        for _ in range(self.settings.batch // 4):
+        for _ in range(max(1, self.settings.batch // 4)):
             scene, other = scenes.draw_scene(rng), scenes.draw_scene(rng)
             left = (scene.left + scenes.GRID * int(rng.integers(1, 6))) % (scenes.SIDE - scene.size)
             moved = replace(scene, left=left)
