@@ -117,27 +117,6 @@ def picture_grid(
     return figure
 
 
-def funnel(projections: Mapping[str, "Projection"]) -> Figure:  # noqa: F821
-    """Trajectories in space and time, one panel a condition: position across, timestep downwards.
-
-    Every line is one seed. All panels share their axes, so that widths can be compared.
-    """
-    figure = plt.figure(figsize=(4.2 * len(projections), 4.8))
-    everything = np.concatenate([p.coordinates.reshape(-1, 2) for p in projections.values()])
-    limits = list(zip(everything.min(axis=0), everything.max(axis=0), strict=True))
-    for i, (name, projection) in enumerate(projections.items()):
-        axis = figure.add_subplot(1, len(projections), i + 1, projection="3d")
-        for line in projection.coordinates:
-            axis.plot(*line.T, projection.timesteps, color=COLOURS[name], alpha=0.55, linewidth=1)
-            axis.scatter(*line[-1], projection.timesteps[-1], color=COLOURS[name], s=14)
-        axis.set(xlim=limits[0], ylim=limits[1], zlim=(0, 1000), title=name, xticklabels=[], yticklabels=[])
-        axis.set_zlabel("timestep t")
-        axis.view_init(elev=14, azim=-60)
-        axis.set_box_aspect((1, 1, 1.25), zoom=1.05)
-    figure.suptitle(f"sampling runs downwards in time, projected by {next(iter(projections.values())).method}", y=0.98)
-    return figure
-
-
 def _panels(table: pd.DataFrame, panel: str | None, columns: int, size: tuple[float, float], **shared):
     """A figure with one axes for each value of the column ``panel``: (figure, [(title, axes, rows of the table)])."""
     parts = [("", table)] if panel is None else list(table.groupby(panel, sort=False))
@@ -205,39 +184,15 @@ def intervals(table: pd.DataFrame, panel: str, hue: str | None = None, **axes) -
             axis.axvline(value, color="black", linestyle=":", linewidth=0.8)
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names, **axes)
     panels[0][1].invert_yaxis()
-    _legend(figure, None if hue is None else {of: COLOURS[of] for of in hues})
+    legend(figure, None if hue is None else {of: COLOURS[of] for of in hues})
     return figure
 
 
-def _legend(figure: Figure, colours: Mapping | None = None) -> None:
+def legend(figure: Figure, colours: Mapping | None = None) -> None:
     """A line under ``figure`` that names its colours, by default those of the families of methods."""
     colours = colours or {family: colour for family, (colour, _) in _FAMILIES.items()}
     marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours.values()]
     figure.legend(marks, colours, loc="outside lower center", ncols=len(marks), handletextpad=0.2, fontsize=10)
-
-
-def trade_offs(settings: pd.DataFrame, panels: Sequence[str], across: str, upwards: str) -> Figure:
-    """One measure against another, a panel a method, its settings joined from weak to strong.
-
-    Columns method, setting, and for both measures NAME, NAME_low and NAME_high. Every panel shows all other methods in
-    grey; the cross is plain CFG.
-    """
-    figure, axes = plt.subplots(-(-len(panels) // 5), 5, figsize=(12, 10), sharex=True, sharey=True, squeeze=False)
-    cfg = settings[settings["method"] == "CFG"].iloc[0]
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, panels, strict=False):
-        for _, part in settings[settings["method"] != name].groupby("method", sort=False):
-            axis.plot(part[across], part[upwards], ".-", color="0.85", linewidth=0.7, markersize=3)
-        part = settings[settings["method"] == name].sort_values("setting")
-        wide, high = (errors(part, column, f"{column}_") for column in (across, upwards))
-        axis.errorbar(part[across], part[upwards], high, wide, "o-", color=COLOURS[name], elinewidth=0.7)
-        axis.plot(cfg[across], cfg[upwards], "x", color="black", markersize=8)
-        axis.set_title(name, fontsize=10)
-    figure.supxlabel(f"share {across.replace('_', ' ')}", fontsize=11)
-    figure.supylabel(f"share {upwards.replace('_', ' ')}", fontsize=11)
-    _legend(figure)
-    return figure
 
 
 def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: Sequence[str]) -> Figure:

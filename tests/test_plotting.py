@@ -73,8 +73,6 @@ GRID = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing
 PLANE = {"points": GRID, "inside": GRID[:, 0].view(3, 3) > 1, "arrows": (GRID, GRID), "centres": GRID}
 PLANE |= {"paths": {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}, "attractor": torch.zeros(2)}
 METHODS = ROWS.assign(method=["CFG", "STP"], panel=["a", "b"])
-SETTINGS = pd.DataFrame({"method": ["CFG", "STP", "STP"], "setting": [0, 0, 1], "copied": 0.5, "object_right": 0.5})
-SETTINGS = SETTINGS.assign(copied_low=0.4, copied_high=0.6, object_right_low=0.4, object_right_high=0.6)
 POINTS = pd.DataFrame({"measured": [500.0, float("nan")], "dynamic": 300.0})
 
 
@@ -87,7 +85,6 @@ POINTS = pd.DataFrame({"measured": [500.0, float("nan")], "dynamic": 300.0})
         (lambda: plotting.dots(ROWS.assign(level=["x", "y"], of=["a", "b"]), "level", panel="of", ylabel="point"), 2),
         (lambda: plotting.intervals(METHODS, "panel"), 2),
         (lambda: plotting.intervals(METHODS.assign(rule="with CFG"), "panel", hue="rule"), 2),
-        (lambda: plotting.trade_offs(SETTINGS, ["STP"], "copied", "object_right"), 5),
         (lambda: plotting.magnitudes(torch.ones(2, 3), torch.tensor([900, 600, 300]), POINTS, ["a", "b"]), 4),
     ],
 )
