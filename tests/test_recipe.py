@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import basinlab
 from basinlab import metrics, scenarios
 from recipe import __main__ as command
-from recipe import export, models, scenes, train
+from recipe import export, milestone, models, scenes, train
 from recipe.art import OBJECTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +206,22 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_diverged_training_says_what_to_change(tmp_path, vae_folder):
     with pytest.raises(FloatingPointError, match=r"DescriptorStage: loss .* at step .*; lower the rate"):
         train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path, CPU, deadline=float("inf"))
+
+
+def test_training_goes_on_on_another_machine(tmp_path, vae_folder):
+    here, there, kept = tmp_path / "here", tmp_path / "there", tmp_path / "next"
+    shutil.copytree(vae_folder, here / "vae" / "model")
+    (here / "vae" / "made.json").write_text("{}")
+    (here / "vae" / "losses.csv").write_text("step\n")
+    train.fit(stage_called("unet", vae_folder), here / "unet", CPU, deadline=0)
+    milestone.save(here, kept)
+    milestone.load(kept, there)
+    states = [torch.load(work / "unet" / "state.pt", weights_only=True) for work in (here, there)]
+    assert states[0]["step"] == states[1]["step"] == 1
+    for mine, theirs in zip(*(state["average"]["shadow_params"] for state in states), strict=True):
+        torch.testing.assert_close(theirs, mine, atol=1e-3, rtol=1e-3)
+    assert train.fit(stage_called("unet", vae_folder), there / "unet", CPU, deadline=float("inf"))
+    assert torch.load(there / "unet" / "state.pt", weights_only=True)["first"] == 1
 
 
 def recipe(*options):

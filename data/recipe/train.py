@@ -411,10 +411,10 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def rate_at(step: int, settings: Settings) -> float:
-    """Linear warm-up, constant, linear decay to 0 at the end."""
+def rate_at(step: int, settings: Settings, first: int = 0) -> float:
+    """Linear warm-up from step ``first`` on, constant, linear decay to 0 at the end."""
     left = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
-    return settings.rate * min(1.0, (step + 1) / settings.warmup, left)
+    return settings.rate * min(1.0, (step - first + 1) / settings.warmup, left)
 
 
 def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, workers: int = 0) -> bool:
@@ -435,14 +435,16 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     optimizer = torch.optim.AdamW(module.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = EMAModel(module.parameters(), decay=settings.average)
     average.to(device)
-    step, seconds = 0, 0.0
+    step, seconds, first = 0, 0.0, 0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         for what, value in (("batch", settings.batch), ("start", stage.start)):
             if state[what] != value:
                 raise ValueError(f"{path} was made with {what} {state[what]}, not {value}: move {folder} away")
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        first = state.get("first", 0) if state["optimizer"] else state["step"]  # without moments the rate warms up
+        if state["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state["average"])
         step, seconds = state["step"], state["seconds"]
     rows = [r for r in csv.reader(log.open()) if r and r[0].isdigit() and int(r[0]) <= step] if log.exists() else []
@@ -454,6 +456,7 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
                 "optimizer": optimizer.state_dict(),
                 "average": average.state_dict(),
                 "step": step,
+                "first": first,
                 "seconds": seconds,
                 "batch": settings.batch,
                 "start": stage.start,
@@ -472,7 +475,7 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     for batch in bar:
         generator = torch.Generator().manual_seed(scenes.SEED * 1000 + stage.number * 10**8 + step)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, settings)
+            group["lr"] = rate_at(step, settings, first)
         with mixed_precision(device):
             terms = stage.loss({k: v.to(device) for k, v in batch.items()}, generator)
         sum(terms.values()).backward()
