@@ -62,16 +62,20 @@ def use_theme() -> None:
 
 
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
-    """Write NAME.pdf, NAME.png and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
+    """Write NAME.png, NAME.pdf and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
 
-    ``inputs`` says what the figure shows: weights (`Denoiser.fingerprint`), prompts, seeds, guidance.
+    ``inputs`` says what the figure shows: weights (`Denoiser.fingerprint`), prompts, seeds, guidance. Pictures alone
+    have few colours and no lines: they become a PNG with a palette, and no PDF.
     """
     folder = output_folder() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in (".pdf", ".png"):
-        metadata = {"CreationDate": None} if suffix == ".pdf" else {}
-        figure.savefig(folder / f"{name}.part{suffix}", bbox_inches="tight", metadata=metadata)
-        os.replace(folder / f"{name}.part{suffix}", folder / f"{name}{suffix}")
+    lines = any(axis.lines or axis.collections for axis in figure.axes)
+    for suffix in (".png", ".pdf") if lines else (".png",):
+        part = folder / f"{name}.part{suffix}"
+        figure.savefig(part, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else {})
+        if not lines:
+            Image.open(part).convert("RGB").quantize(256).save(part, optimize=True)
+        os.replace(part, folder / f"{name}{suffix}")
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
     manifest, part = folder / "manifest.json", folder / "manifest.part"
     lock = output_folder() / "build" / "manifest.lock"

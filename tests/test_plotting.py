@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import needs_browser, shown
+from PIL import Image
 
 from basinlab import plotting
 
@@ -43,6 +44,12 @@ def test_save_writes_all_forms_and_a_manifest_entry(figure, output):
     assert [manifest[name]["seeds"] for name in ("one", "two")] == [[0], [1]]
     assert "torch" in manifest["one"]["versions"]
     assert pd.read_csv(output / "figures/one.csv").equals(TABLE)
+
+
+def test_pictures_alone_are_saved_as_a_small_png(output):
+    plotting.save(plotting.picture_grid(torch.rand(1, 2, 3, 8, 8), ["row"]), "grid", TABLE, {})
+    assert {path.name for path in (output / "figures").iterdir()} == {"grid.png", "grid.csv", "manifest.json"}
+    assert Image.open(output / "figures/grid.png").mode == "P"
 
 
 def test_two_writers_lose_no_entry(output):
