@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from diffusers.guiders import BaseGuidance
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import guidance as g
 from . import metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import sampling
 from .guidance import ConstantGuidance, describe

@@ -19,7 +19,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .guidance import ConstantGuidance
 from .models import Denoiser

@@ -7,7 +7,7 @@
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
-Metadata that differs from run to run (times, paths) is dropped or made regular, so that a second run gives a small
+What differs from run to run (times, paths, progress bars) is dropped or made regular, so that a second run gives a small
 diff. Kept is how long the notebook took in a profile and how fast the machine was: the next run estimates from both.
 What a cell's metadata says of its pictures in words (``mystnb.image.alt``, which the pages read) is written to the
 pictures too, where Jupyter and nbconvert look for it.
@@ -56,6 +56,12 @@ def seconds_expected(notebook: nbformat.NotebookNode, pace: float) -> int | None
     return last and round(last["seconds"] * pace / last["pace"])
 
 
+def is_bar(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is a progress bar, which tells another time in every run."""
+    drawn = output.output_type == "stream" and output.name == "stderr" and "\r" in output.text
+    return drawn or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
     """The executed notebook as text, without what differs between equal runs."""
     before = seconds_expected(notebook, pace)
@@ -66,6 +72,7 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
+        cell.get("outputs", [])[:] = [output for output in cell.get("outputs", []) if not is_bar(output)]
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if not cell.metadata.get("tags", True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from basinlab.basin import calibrate_radius
 from basinlab.comparison import MAIN, processes, run_grid

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import models, scenes
 from .art import OBJECTS

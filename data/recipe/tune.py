@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from basinlab.comparison import HELD_OUT, MAIN, methods, processes, run_grid
 from basinlab.models import data_folder
