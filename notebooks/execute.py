@@ -7,8 +7,8 @@
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
-What differs from run to run (times, paths, progress bars) is dropped or made regular, so that a second run gives a small
-diff. Kept is how long the notebook took in a profile and how fast the machine was: the next run estimates from both.
+What differs from run to run (times, paths, progress bars) is dropped or made regular: a second run gives a small diff.
+Kept is how long the notebook took in a profile and how fast the machine was: the next run estimates from both.
 What a cell's metadata says of its pictures in words (``mystnb.image.alt``, which the pages read) is written to the
 pictures too, where Jupyter and nbconvert look for it.
 """
