@@ -43,7 +43,7 @@ def clip_folder(tmp_path_factory):
     words = models.tokenizer()
     models.clip(words).save_pretrained(folder)
     words.save_pretrained(folder)
-    half, side = [0.5] * 3, {"height": 64, "width": 64}
+    half, side = [0.5] * 3, {"height": 96, "width": 96}
     CLIPImageProcessor(size=side, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(folder)
     return folder
 
