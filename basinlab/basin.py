@@ -2,8 +2,8 @@
 
 Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the initial noise, inside the
 ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. Here the radius is calibrated on pictures that are
-known not to be copies, "whatever the noise" becomes many seeds, and a probability comes with its Wilson interval.
-Definition 3's transition point is read off samples whose guidance starts at many timesteps.
+known not to be copies, and "whatever the noise" becomes many seeds. Definition 3's transition point is read off samples
+whose guidance starts at many timesteps.
 """
 
 import math
@@ -24,10 +24,9 @@ from .store import digest
 
 
 def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float = 0.001) -> float:
-    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of negatives.
+    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of ``negatives``.
 
-    ``negatives`` are distances to attractors of pictures that are no copies, by where the pictures come from: ordinary
-    samples, say, or the attractors' own scenes with the object drawn by another artist.
+    Those are distances to attractors of pictures that are no copies, by where the pictures come from.
     """
     radii = []
     for name, distances in negatives.items():
@@ -41,10 +40,7 @@ def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "copied") -> pd.DataFrame:
-    """Share of samples with ``of`` true in each group of ``by``: columns n, value, low, high (Wilson, 95%).
-
-    Samples of which it is not known (NA) do not count.
-    """
+    """Share of samples with ``of`` true (NA does not count) by group of ``by``: n, value, low, high (Wilson, 95%)."""
     result = table.dropna(subset=of).groupby(by, sort=False)[of].agg(n="size", value="mean").reset_index()
     result["low"], result["high"] = wilson_interval(result["value"] * result["n"], result["n"])
     return result
@@ -52,14 +48,10 @@ def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt",
 
 @dataclass(frozen=True)
 class Attractor:
-    """Definition 2 read off samples alone, without knowing the training set.
+    """Definition 2 read off samples alone, without knowing the training set."""
 
-    ``index`` is the sample that is nearest to all others (the medoid), ``epsilon`` the smallest radius around it that
-    holds at least 1 - ``delta`` of the samples.
-    """
-
-    index: int
-    epsilon: float
+    index: int  # of the sample that is nearest to all others, the medoid
+    epsilon: float  # the smallest radius around it that holds at least 1 - delta of the samples
     delta: float
 
 
@@ -74,12 +66,9 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> Attrac
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
     """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
 
-    Args:
-        runs: name -> trajectories of several prompts with the same seeds.
-        of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
-
-    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and high (95% bootstrap
-    interval over prompts).
+    ``runs`` are name -> trajectories, ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted
+    from them. Columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap
+    over prompts).
     """
     tables = []
     for name, run in runs.items():
@@ -94,12 +83,7 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
 
 
 def magnitude_curves(magnitudes: Mapping[str, Tensor], timesteps: Tensor) -> pd.DataFrame:
-    """Mean guidance magnitude over t; columns name, t, value, low, high (95% bootstrap over samples).
-
-    Args:
-        magnitudes: name -> [B, S], such as `Trajectory.guidance_magnitude` of a measured run.
-        timesteps: [S].
-    """
+    """Mean guidance magnitude, name -> [B, S], over t [S]: name, t, value, low, high (95% bootstrap over samples)."""
     return pd.concat([_mean_curve(name, timesteps, m.numpy()) for name, m in magnitudes.items()], ignore_index=True)
 
 
@@ -112,14 +96,11 @@ def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFram
 def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     """Definition 3, measured: at which start time the outcome of each (prompt, seed) flips.
 
-    Args:
-        table: a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
-        of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
-
-    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured), captured_at and free_at
-    (the start times on either side of the flip), point (their middle; NaN where nothing flips), against (how many start
-    times disagree with one flip) and monotone (none does). The flip is put where the fewest disagree, and at the
-    earliest start if there are several such places.
+    ``table`` has a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
+    Where the outcome ``of`` is not known (NA), they are left out. One row a sample: prompt, seed, outcome ("flips",
+    "always" or "never" captured), captured_at and free_at (the start times on either side of the flip), point (their
+    middle; NaN where nothing flips), against (how many start times disagree with one flip) and monotone (none does).
+    The flip is put where the fewest disagree, and at the earliest start if there are several such places.
     """
     table = table.dropna(subset=of)
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
@@ -140,8 +121,8 @@ def transition_points_by_bisection(
     """`transition_points` without the whole sweep: the flip of each sample is found by halving.
 
     ``attractors`` are [B, 3, height, width], one a sample, prompt-major; the options are those of `forks.bisect`.
-    Returns the table, without against and monotone, which halving cannot see (where the outcome is not monotone it
-    finds one of the flips), and the bisection itself.
+    Returns the table, without against and monotone, which halving cannot see: it finds one of the flips; and the
+    bisection itself.
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
@@ -196,13 +177,9 @@ def escapes(
     At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction, root mean square over
     the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end.
 
-    Args:
-        run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
-        attractors: [B, 3, height, width].
-        timesteps, pushes: all t and all r; the direction is the same for all r of a state.
-        seed: of the directions. options: of `sampling.sample_from`.
-
-    Returns one row a push: prompt, seed, t, noise (the state's share of it), push, escaped.
+    ``run`` are B recorded trajectories that end in the ball under ``guidance`` (default CFG 7.5), ``attractors`` [B, 3,
+    height, width], ``timesteps`` and ``pushes`` all t and r; ``seed`` is of the directions, one for all r of a state;
+    ``options`` of `sampling.sample_from`. One row a push: prompt, seed, t, noise (the state's share), push, escaped.
     """
     times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(pushes), []
     generator = torch.Generator().manual_seed(seed)
@@ -228,9 +205,9 @@ def escapes(
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    Returns columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. The share
-    that escapes is interpolated between pushes. The width is infinite where fewer than half escape at the largest, and
-    too large where half do at the smallest.
+    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. The share is
+    interpolated between pushes: infinite where fewer than half escape at the largest, too large where half do at the
+    smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):

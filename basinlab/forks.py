@@ -25,9 +25,8 @@ from .store import kept
 class Sweep(Samples):
     """B samples, the guidance of each started at F timesteps.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> swept = sweep(world, "memorized", [0, 1], starts=[999, 500, 0], steps=10, progress=False)
+    >>> from basinlab import MixtureDenoiser
+    >>> swept = sweep(MixtureDenoiser.with_duplicate(), "memorized", [0, 1], [999, 500, 0], steps=10, progress=False)
     >>> swept.images().shape, swept.network_calls, swept.network_calls_apart
     (torch.Size([2, 3, 2, 1, 1]), tensor([40, 40]), tensor([45, 45]))
     """
@@ -136,22 +135,18 @@ class _Forks:
 
 def sweep(
     denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], starts: Sequence[int] | None = None,
-    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50,
-    scheduler: str | None = None, batch_size: int = 32, measure: bool = False, folder: str | Path | None = None,
-    progress: bool = True,
+    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50, batch_size: int = 32,
+    scheduler: str | None = None, measure: bool = False, folder: str | Path | None = None, progress: bool = True,
 ) -> Sweep:  # fmt: skip
     """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
 
-    Args:
-        starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
-        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5. ``after`` may not
-            remember steps, as a dynamic transition point does.
-        measure: make both predictions before the start, so that the guidance magnitude is known.
-        folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
+    ``starts`` are timesteps, see `start_steps`. ``before`` and ``after`` are the guidance before the start and from it
+    on, by default none (scale 0) and CFG 7.5; ``after`` may not remember steps, as a dynamic transition point does.
+    ``measure`` makes both predictions before the start too, for the guidance magnitude. ``folder`` keeps finished
+    blocks of ``batch_size`` samples, so that a killed sweep goes on.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> sweep(world, "memorized", [0], progress=False).starts
+    >>> from basinlab import MixtureDenoiser
+    >>> sweep(MixtureDenoiser.with_duplicate(), "memorized", [0], progress=False).starts
     [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
     """
     options = (before, after, steps, scheduler, batch_size, measure, folder, progress)

@@ -12,9 +12,8 @@ from torch import Tensor
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise.
 
-    >>> low, high = wilson_interval(8, 10)
-    >>> round(float(low), 3), round(float(high), 3)
-    (0.49, 0.943)
+    >>> [round(float(bound), 3) for bound in wilson_interval(8, 10)]
+    [0.49, 0.943]
     """
     z, n = norm.ppf(0.5 + confidence / 2), np.asarray(trials, float)
     p = np.asarray(successes, float) / n
@@ -30,8 +29,8 @@ def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2
     means = statistic is np.mean and values.ndim == 1  # all at once
     drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
     tail = (1 - 0.95) / 2  # by rounding just over 0.025, so that as many fall out below as above
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
-    return float(low), float(high)
+    # bounds may be infinite: nothing to interpolate
+    return tuple(np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf").tolist())
 
 
 def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
@@ -76,8 +75,8 @@ class Claims:
 
     >>> claims = Claims()
     >>> claims.share("the die shows six", [True, False, False, False], most=0.5)
-    >>> claims.table()[["claim", "value", "n", "goal", "verdict"]].to_dict("records")
-    [{'claim': 'the die shows six', 'value': 0.25, 'n': 4, 'goal': 'at most 0.5', 'verdict': 'undecided'}]
+    >>> claims.table()["verdict"].tolist()
+    ['undecided']
     """
 
     def __init__(self):
