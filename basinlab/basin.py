@@ -9,6 +9,7 @@ whose guidance starts at many timesteps.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -34,8 +35,7 @@ def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float
             raise ValueError(f"negatives {name!r}: give at least one distance, all finite")
         ordered = distances.flatten().sort().values
         allowed = int(false_positive_rate * len(ordered))
-        # just under the first distance that must stay outside
-        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))
+        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))  # just under the first outside
     return min(radii)
 
 
@@ -212,23 +212,19 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for t, part in table.groupby("t", sort=False):
         wide = part.pivot(index=["prompt", "seed"], columns="push", values="escaped").astype(float)
-        pushes, values = wide.columns.to_numpy() * part["noise"].iloc[0], wide.to_numpy()
-
-        def width(drawn: np.ndarray, pushes=pushes) -> float:
-            return _half(pushes, drawn.mean(axis=0))
-
+        width, values = partial(_half, wide.columns.to_numpy() * part["noise"].iloc[0]), wide.to_numpy()
         rows.append((t, width(values), *bootstrap_interval(values, width, resamples=500), len(values)))
     return pd.DataFrame(rows, columns=["t", "value", "low", "high", "n"])
 
 
 def _half(pushes: np.ndarray, escaped: np.ndarray) -> float:
-    """The push at which ``escaped`` first reaches one half."""
-    above = np.flatnonzero(escaped >= 0.5)
-    if not len(above) or above[0] == 0:
-        return float(pushes[0]) if len(above) else np.inf
-    i = above[0]
-    share = (0.5 - escaped[i - 1]) / (escaped[i] - escaped[i - 1])
-    return float(pushes[i - 1] + share * (pushes[i] - pushes[i - 1]))
+    """The push at which the mean of ``escaped`` [N, pushes] first reaches one half."""
+    share = escaped.mean(axis=0)
+    above = np.flatnonzero(share >= 0.5)
+    if not len(above):
+        return np.inf
+    around = slice(max(above[0] - 1, 0), above[0] + 1)
+    return float(np.interp(0.5, share[around], pushes[around]))
 
 
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:

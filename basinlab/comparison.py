@@ -2,8 +2,7 @@
 
 A method has a name and *settings*: each a list of mitigations that ends in a guidance, as `sampling.sample` takes it.
 
-    python -m basinlab.comparison --profile paper        # or under accelerate launch, with several processes
-    python -m basinlab.comparison sd14-webster --device cuda --out webster.parquet
+    python -m basinlab.comparison sd14-webster --profile paper --device cuda    # or, on several, by accelerate launch
 """
 
 import argparse

@@ -175,11 +175,9 @@ def bisect(
     [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by`` says in words what
     it decides by; files in ``folder`` depend on it. Options are those of `sweep`.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> def near(points, samples):
-    ...     return basinlab.PlaneDistance().pairs(points, world.duplicate[None])[:, 0] < 1
-    >>> found = bisect(world, "memorized", [0, 1], near, progress=False)
+    >>> from basinlab import MixtureDenoiser, PlaneDistance
+    >>> world, distance = MixtureDenoiser.with_duplicate(), PlaneDistance()
+    >>> found = bisect(world, "memorized", [0, 1], lambda x, _: distance(x, world.duplicate) < 1, progress=False)
     >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
     [440, 360]
     """

@@ -106,11 +106,7 @@ def names() -> list[str]:
 
 
 def read(name: str | Path) -> Scenario:
-    """The scenario called ``name``, one of `names`, or the one in the YAML file ``name``.
-
-    >>> read("emoji-duplicated").guidance_scale
-    5.0
-    """
+    """The scenario called ``name``, one of `names`, or the one in the YAML file ``name``."""
     path = Path(name) if str(name).endswith(".yaml") else data_folder() / "scenarios" / f"{name}.yaml"
     if not path.exists():
         raise ValueError(f"no scenario {str(name)!r}: give one of {names()}, or a .yaml file")

@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise.
-
-    >>> [round(float(bound), 3) for bound in wilson_interval(8, 10)]
-    [0.49, 0.943]
-    """
+    """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise."""
     z, n = norm.ppf(0.5 + confidence / 2), np.asarray(trials, float)
     p = np.asarray(successes, float) / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -71,13 +67,7 @@ def verdict(low: float, high: float, least: float = -np.inf, most: float = np.in
 
 
 class Claims:
-    """Claims with what was found: value, 95% interval, n, the goal that was set before, and the verdict.
-
-    >>> claims = Claims()
-    >>> claims.share("the die shows six", [True, False, False, False], most=0.5)
-    >>> claims.table()["verdict"].tolist()
-    ['undecided']
-    """
+    """Claims with what was found: value, 95% interval, n, the goal that was set before, and the verdict."""
 
     def __init__(self):
         self.rows = []

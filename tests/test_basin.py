@@ -120,8 +120,7 @@ def test_transition_points_are_where_the_outcome_flips():
 def test_outcomes_that_come_back_are_reported():
     points = basin.transition_points(outcome_table(["1101", "0100", "1100"]).sample(frac=1, random_state=0))
     points = points.set_index("seed").sort_index()
-    assert points["monotone"].tolist() == [False, False, True]
-    assert points["against"].tolist() == [1, 1, 0]
+    assert points[["monotone", "against"]].values.tolist() == [[False, 1], [False, 1], [True, 0]]
     assert points.loc[0, "point"] == 600  # one start disagrees with the flip after 700
     assert points.loc[1, "outcome"] == "never"  # as does one with never; ties go to the earliest start
 

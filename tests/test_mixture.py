@@ -62,11 +62,6 @@ def captured(points):
 
 
 @pytest.fixture(scope="module")
-def plane():
-    return MixtureDenoiser.with_duplicate(0.8)
-
-
-@pytest.fixture(scope="module")
 def exact():
     return MixtureDenoiser.with_duplicate(0.8, dtype=torch.float64)
 
@@ -107,8 +102,9 @@ def test_sampling_follows_the_probability_flow(exact, weight):
     assert np.median(error) < 0.03 and np.quantile(error, 0.97) < 0.1  # near a watershed paths part
 
 
-def test_capture_probability_is_the_basins_measure(plane):
+def test_capture_probability_is_the_basins_measure():
     """The share of seeds that are captured, against the integral of the initial density over the basin."""
+    plane = MixtureDenoiser.with_duplicate(0.8)
     grid = np.stack(np.meshgrid(*[np.linspace(-4, 4, 41)] * 2), -1).reshape(-1, 2)
     density = np.exp(-(grid**2).sum(1) / 2)
     for start in (999, 300):
