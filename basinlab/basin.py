@@ -66,9 +66,8 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> Attrac
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
     """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
 
-    ``runs`` are name -> trajectories, ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted
-    from them. Columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap
-    over prompts).
+    ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted from them. Columns name of the run,
+    t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap over prompts).
     """
     tables = []
     for name, run in runs.items():
@@ -120,9 +119,8 @@ def transition_points_by_bisection(
 ) -> tuple[pd.DataFrame, Bisection]:
     """`transition_points` without the whole sweep: the flip of each sample is found by halving.
 
-    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; the options are those of `forks.bisect`.
-    Returns the table, without against and monotone, which halving cannot see: it finds one of the flips; and the
-    bisection itself.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options are those of `forks.bisect`. Gives the
+    table without against and monotone, which halving cannot see (it finds one of the flips), and the bisection.
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
@@ -146,8 +144,7 @@ def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> p
 def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
     """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
 
-    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a median of 0 or 1000
-    says that half of them do not flip.
+    Samples captured at every start count as t = 0, at none as t = 1000: such a median says that half do not flip.
     """
     placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
     rows = []
@@ -205,9 +202,8 @@ def escapes(
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. The share is
-    interpolated between pushes: infinite where fewer than half escape at the largest, too large where half do at the
-    smallest.
+    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. Interpolated
+    between pushes; infinite where fewer than half escape at the largest, too large where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):

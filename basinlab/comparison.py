@@ -192,14 +192,14 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     return digest(parts)
 
 
-def obtain(profile: str = "reader", folder: str | Path = "build/comparison", device: str = "cpu") -> pd.DataFrame:
+def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> pd.DataFrame:
     """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
     scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
     if profile == "paper" and path.exists():
         if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, profile):
             return table
         processes().print(f"{path} was made with other weights, judges or methods: made anew")
-    return pd.concat([compare(scenario, profile, folder, device) for scenario in scenarios], ignore_index=True)
+    return pd.concat([compare(scenario, profile, folder) for scenario in scenarios], ignore_index=True)
 
 
 MEASURES = {  # name -> its heading, and whether more of it is better on memorized prompts

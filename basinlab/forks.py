@@ -115,10 +115,7 @@ class _Forks:
         return snapshots, magnitude, state.calls
 
     def ends(self, snapshots: dict[int, State], forks: Sequence[tuple[int, int]]) -> Tensor:
-        """Clean latents [N, C, H, W] of ``forks``: (row of a snapshot, step at which guidance begins) each.
-
-        Forks go through the network together, and each joins the batch at its own step.
-        """
+        """Clean latents [N, C, H, W] of ``forks``, (row, step) each, which join one batch at their own steps."""
         ends = torch.empty(len(forks), *self.denoiser.latent_shape)
         in_order = sorted(range(len(forks)), key=lambda n: forks[n][1])
         for part in blocks(in_order, self.batch_size):

@@ -130,7 +130,7 @@ class PerceptualDistance:
         # lpips cuts torchvision's ``features`` into slices: slice1.0.weight is features.0.weight
         names = network.net.state_dict()
         network.net.load_state_dict({name: given["features." + name.split(".", 1)[1]] for name in names})
-        self.network, self.device = network.to(device), device
+        self.network, self.device, self.name = network.to(device), device, "LPIPS 0.1 on AlexNet"
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
