@@ -41,8 +41,8 @@ def data_folder() -> Path:
 class Denoiser:
     """phi: X x (0, T] x E -> X (paper, Definition 1).
 
-    A subclass has ``embed(prompts)``, embeddings e, [B, L, E]; ``self(latents, timestep, embedding)``, the prediction,
-    [B, C, H, W]; ``decode(latents)``, pictures; ``fingerprint()``, a digest of the weights in use.
+    A subclass has ``embed(prompts)`` -> [B, L, E], ``self(latents, timestep, embedding)`` -> prediction [B, C, H, W],
+    ``decode(latents)`` -> pictures, and ``fingerprint()``, a digest of the weights in use.
 
     >>> load("emoji-duplicated").timesteps(4)
     [999, 749, 500, 250]
@@ -56,9 +56,8 @@ class Denoiser:
 
     def settings(self) -> dict:
         """What a kept result was made with: weights, dtype, size of the latents, noise schedule."""
-        schedule = {key: str(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
-        shape = list(self.latent_shape)
-        return {"weights": self.fingerprint(), "dtype": str(self.dtype), "latents": shape, "schedule": schedule}
+        shared = {"weights": self.fingerprint(), "dtype": str(self.dtype), "latents": list(self.latent_shape)}
+        return shared | {"schedule": {k: str(v) for k, v in self.scheduler.config.items() if not k.startswith("_")}}
 
     def timesteps(self, steps: int = 50) -> list[int]:
         """The timesteps at which its own scheduler samples, falling."""
@@ -175,10 +174,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-_KINDS = {  # diffusers' class: ours, and how to load it without what is not needed
-    "StableDiffusionPipeline": (StableDiffusion, UNCHECKED),
-    "StableDiffusionXLPipeline": (StableDiffusionXL, {"add_watermarker": False}),
-}
+_KINDS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
 
 
 def load(
@@ -236,13 +232,14 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     parts = json.loads((folder / "model_index.json").read_text())
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
-    ours, options = _KINDS[parts["_class_name"]]
+    ours = _KINDS[parts["_class_name"]]
     for part in (folder / name for name in parts if name.startswith("tokenizer")):
         files = {path.name for path in part.glob("*")}
         if not (files >= {"tokenizer.json"} or files >= {"vocab.json", "merges.txt"}):  # all prompts would embed alike
             raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
     halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
     whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
+    options = {"add_watermarker": False} if ours is StableDiffusionXL else UNCHECKED
     options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)

@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 
 import diffusers
 import numpy as np
@@ -102,7 +101,7 @@ def _of_samples(items: Sequence, rows: Sequence[int] | None = None):
     def changed(values: list):
         if rows is not None:
             return [values[0][i] for i in rows] if isinstance(values[0], list) else values[0][rows]
-        return list(chain(*values)) if isinstance(values[0], list) else torch.cat(values)
+        return [x for entries in values for x in entries] if isinstance(values[0], list) else torch.cat(values)
 
     shared = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")  # the others have an entry a sample
     values = {f.name: [getattr(item, f.name) for item in items] for f in fields(items[0]) if f.name not in shared}
@@ -177,6 +176,7 @@ class Mitigation:
         return 0
 
 
+Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
 BOTH = ("pred_cond", "pred_uncond")  # diffusers' names of the two predictions
 
 
@@ -286,9 +286,6 @@ def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
     return [(prompt, seed) for prompt in prompts for seed in whole]
 
 
-Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
-
-
 def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
     """The guidance among ``mitigations``, CFG 7.5 where there is none, and the others in their order."""
     if not isinstance(mitigations, list | tuple):
@@ -344,8 +341,7 @@ def sample(
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> run = sample(world, "memorized", [0, 1], basinlab.StaticTransitionPoint(500), progress=False)
-    >>> run.network_calls  # 25 steps with one prediction, 25 with two
+    >>> sample(world, "memorized", [0, 1], basinlab.StaticTransitionPoint(500), progress=False).network_calls
     tensor([75, 75])
     """
     guidance, others = split(mitigations)
@@ -366,9 +362,8 @@ def sample_from(
 
     ``seeds`` are of the noise that a stochastic scheduler adds.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> sample_from(world, ["memorized"], torch.zeros(1, 2, 1, 1), 500, progress=False)
+    >>> from basinlab import MixtureDenoiser
+    >>> sample_from(MixtureDenoiser.with_duplicate(), ["memorized"], torch.zeros(1, 2, 1, 1), 500, progress=False)
     Trajectory(1 samples of 1 prompts, latents [1, 26, 2, 1, 1])
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
