@@ -3,9 +3,8 @@
 A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself. What it draws at random
 depends on the seed, apart from the initial noise.
 
-Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space scales with the
-square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T) of the noise schedule as well.
-Magnitudes are of epsilon, in units of one latent's norm.
+Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scale with the square root of the latent's
+size, guidance magnitudes at T, which are norms of epsilon's differences, with sqrt(alpha_bar_T) as well.
 """
 
 from dataclasses import dataclass
