@@ -2,13 +2,14 @@
 
 Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the initial noise, inside the
 ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. Here the radius is calibrated on pictures that are
-known not to be copies, "whatever the noise" becomes many seeds, and a probability comes with its Wilson interval.
-Definition 3's transition point is read off samples whose guidance starts at many timesteps.
+known not to be copies, and "whatever the noise" becomes many seeds. Definition 3's transition point is read off samples
+whose guidance starts at many timesteps.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,9 @@ from .store import digest
 
 
 def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float = 0.001) -> float:
-    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of negatives.
+    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of ``negatives``.
 
-    ``negatives`` are distances to attractors of pictures that are no copies, by where the pictures come from: ordinary
-    samples, say, or the attractors' own scenes with the object drawn by another artist.
+    Those are distances to attractors of pictures that are no copies, by where the pictures come from.
     """
     radii = []
     for name, distances in negatives.items():
@@ -35,16 +35,12 @@ def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float
             raise ValueError(f"negatives {name!r}: give at least one distance, all finite")
         ordered = distances.flatten().sort().values
         allowed = int(false_positive_rate * len(ordered))
-        # just under the first distance that must stay outside
-        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))
+        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))  # just under the first outside
     return min(radii)
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "copied") -> pd.DataFrame:
-    """Share of samples with ``of`` true in each group of ``by``: columns n, value, low, high (Wilson, 95%).
-
-    Samples of which it is not known (NA) do not count.
-    """
+    """Share of samples with ``of`` true (NA does not count) by group of ``by``: n, value, low, high (Wilson, 95%)."""
     result = table.dropna(subset=of).groupby(by, sort=False)[of].agg(n="size", value="mean").reset_index()
     result["low"], result["high"] = wilson_interval(result["value"] * result["n"], result["n"])
     return result
@@ -52,14 +48,10 @@ def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt",
 
 @dataclass(frozen=True)
 class Attractor:
-    """Definition 2 read off samples alone, without knowing the training set.
+    """Definition 2 read off samples alone, without knowing the training set."""
 
-    ``index`` is the sample that is nearest to all others (the medoid), ``epsilon`` the smallest radius around it that
-    holds at least 1 - ``delta`` of the samples.
-    """
-
-    index: int
-    epsilon: float
+    index: int  # of the sample that is nearest to all others, the medoid
+    epsilon: float  # the smallest radius around it that holds at least 1 - delta of the samples
     delta: float
 
 
@@ -74,12 +66,8 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> Attrac
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
     """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
 
-    Args:
-        runs: name -> trajectories of several prompts with the same seeds.
-        of: "latents", the states x_t, or "predicted", the clean latents predicted from them.
-
-    Returns columns name, t, value (mean over prompts of `metrics.mean_pairwise_distance`), low and high (95% bootstrap
-    interval over prompts).
+    ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted from them. Columns name of the run,
+    t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap over prompts).
     """
     tables = []
     for name, run in runs.items():
@@ -94,12 +82,7 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
 
 
 def magnitude_curves(magnitudes: Mapping[str, Tensor], timesteps: Tensor) -> pd.DataFrame:
-    """Mean guidance magnitude over t; columns name, t, value, low, high (95% bootstrap over samples).
-
-    Args:
-        magnitudes: name -> [B, S], such as `Trajectory.guidance_magnitude` of a measured run.
-        timesteps: [S].
-    """
+    """Mean guidance magnitude, name -> [B, S], over t [S]: name, t, value, low, high (95% bootstrap over samples)."""
     return pd.concat([_mean_curve(name, timesteps, m.numpy()) for name, m in magnitudes.items()], ignore_index=True)
 
 
@@ -112,14 +95,11 @@ def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFram
 def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     """Definition 3, measured: at which start time the outcome of each (prompt, seed) flips.
 
-    Args:
-        table: a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
-        of: the outcome, true while the start is early; samples of which it is not known (NA) are left out.
-
-    Returns one row a sample: prompt, seed, outcome ("flips", "always" or "never" captured), captured_at and free_at
-    (the start times on either side of the flip), point (their middle; NaN where nothing flips), against (how many start
-    times disagree with one flip) and monotone (none does). The flip is put where the fewest disagree, and at the
-    earliest start if there are several such places.
+    ``table`` has a row a sample and start, as `scenarios.Judges` makes it of a sweep; all samples have the same starts.
+    Where the outcome ``of`` is not known (NA), they are left out. One row a sample: prompt, seed, outcome ("flips",
+    "always" or "never" captured), captured_at and free_at (the start times on either side of the flip), point (their
+    middle; NaN where nothing flips), against (how many start times disagree with one flip) and monotone (none does).
+    The flip is put where the fewest disagree, and at the earliest start if there are several such places.
     """
     table = table.dropna(subset=of)
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
@@ -139,9 +119,8 @@ def transition_points_by_bisection(
 ) -> tuple[pd.DataFrame, Bisection]:
     """`transition_points` without the whole sweep: the flip of each sample is found by halving.
 
-    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; the options are those of `forks.bisect`.
-    Returns the table, without against and monotone, which halving cannot see (where the outcome is not monotone it
-    finds one of the flips), and the bisection itself.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options are those of `forks.bisect`. Gives the
+    table without against and monotone, which halving cannot see (it finds one of the flips), and the bisection.
     """
 
     def captured(pictures: Tensor, rows: list[int]) -> Tensor:
@@ -165,8 +144,7 @@ def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> p
 def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
     """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
 
-    Samples that are captured at every start count as t = 0, those at none as t = 1000, so that a median of 0 or 1000
-    says that half of them do not flip.
+    Samples captured at every start count as t = 0, at none as t = 1000: such a median says that half do not flip.
     """
     placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
     rows = []
@@ -196,13 +174,9 @@ def escapes(
     At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction, root mean square over
     the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end.
 
-    Args:
-        run: B trajectories, recorded, that end in the ball under ``guidance`` (default CFG 7.5).
-        attractors: [B, 3, height, width].
-        timesteps, pushes: all t and all r; the direction is the same for all r of a state.
-        seed: of the directions. options: of `sampling.sample_from`.
-
-    Returns one row a push: prompt, seed, t, noise (the state's share of it), push, escaped.
+    ``run`` are B recorded trajectories that end in the ball under ``guidance`` (default CFG 7.5), ``attractors`` [B, 3,
+    height, width], ``timesteps`` and ``pushes`` all t and r; ``seed`` is of the directions, one for all r of a state;
+    ``options`` of `sampling.sample_from`. One row a push: prompt, seed, t, noise (the state's share), push, escaped.
     """
     times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(pushes), []
     generator = torch.Generator().manual_seed(seed)
@@ -228,30 +202,25 @@ def escapes(
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    Returns columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. The share
-    that escapes is interpolated between pushes. The width is infinite where fewer than half escape at the largest, and
-    too large where half do at the smallest.
+    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. Interpolated
+    between pushes; infinite where fewer than half escape at the largest, too large where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
         wide = part.pivot(index=["prompt", "seed"], columns="push", values="escaped").astype(float)
-        pushes, values = wide.columns.to_numpy() * part["noise"].iloc[0], wide.to_numpy()
-
-        def width(drawn: np.ndarray, pushes=pushes) -> float:
-            return _half(pushes, drawn.mean(axis=0))
-
+        width, values = partial(_half, wide.columns.to_numpy() * part["noise"].iloc[0]), wide.to_numpy()
         rows.append((t, width(values), *bootstrap_interval(values, width, resamples=500), len(values)))
     return pd.DataFrame(rows, columns=["t", "value", "low", "high", "n"])
 
 
 def _half(pushes: np.ndarray, escaped: np.ndarray) -> float:
-    """The push at which ``escaped`` first reaches one half."""
-    above = np.flatnonzero(escaped >= 0.5)
-    if not len(above) or above[0] == 0:
-        return float(pushes[0]) if len(above) else np.inf
-    i = above[0]
-    share = (0.5 - escaped[i - 1]) / (escaped[i] - escaped[i - 1])
-    return float(pushes[i - 1] + share * (pushes[i] - pushes[i - 1]))
+    """The push at which the mean of ``escaped`` [N, pushes] first reaches one half."""
+    share = escaped.mean(axis=0)
+    above = np.flatnonzero(share >= 0.5)
+    if not len(above):
+        return np.inf
+    around = slice(max(above[0] - 1, 0), above[0] + 1)
+    return float(np.interp(0.5, share[around], pushes[around]))
 
 
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,17 +1,14 @@
 """Every mitigation on the same prompts, the same noise and the same judges, in any scenario.
 
-A *method* is a name in a table and its *settings*. A setting is a list of mitigations that ends in a guidance, as
-`sampling.sample` takes it.
+A method has a name and *settings*: each a list of mitigations that ends in a guidance, as `sampling.sample` takes it.
 
-    python -m basinlab.comparison --profile paper        # or under accelerate launch, with several processes
-    python -m basinlab.comparison sd14-webster --device cuda --out webster.parquet
+    python -m basinlab.comparison sd14-webster --profile paper --device cuda    # or, on several, by accelerate launch
 """
 
 import argparse
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +42,9 @@ Setting = list
 
 
 def methods(scenario: Scenario) -> dict[str, list[Setting]]:
-    """Each method with its settings: the authors' for Stable Diffusion, four others for the bundled world.
+    """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong.
 
-    The four go from weak to strong, around the authors' constants as rescaled: bundled latents have a quarter of Stable
-    Diffusion's norm, embeddings a deviation of 0.22 instead of 1.
+    They lie around the authors', rescaled: latents have a quarter of the norm, embeddings a deviation of 0.22, not 1.
     """
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     point, until = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
@@ -104,13 +100,6 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def _judged(denoiser: Denoiser, rows: pd.DataFrame, seeds, setting: Setting, judges: Judges, options: dict):
-    began = time.perf_counter()
-    run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, record=False, progress=False, **options)
-    seconds = (time.perf_counter() - began) / len(run)
-    return judges(run, rows).assign(seconds=seconds)
-
-
 def run_grid(
     denoiser: Denoiser, prompts: pd.DataFrame, seeds: Sequence[int], methods: Mapping[str | tuple, Setting],
     judges: Judges, folder: str | Path | None, *, steps: int = 50, measure: bool = False, block: int = 16,
@@ -118,21 +107,25 @@ def run_grid(
 ) -> pd.DataFrame:  # fmt: skip
     """Sample ``prompts`` x ``seeds`` under every method and judge the images; resumes from ``folder``.
 
-    Every ``block`` prompts of a method are one file. The files are shared out among the processes, which all see
-    ``folder``. Each process returns the whole table: the columns of ``judges``, seconds a sample, and method (of a
-    tuple, method, setting and rule).
+    ``block`` prompts of a method are one file; processes share the files out, and each returns the whole table: the
+    columns of ``judges``, seconds a sample, and method (of a tuple, method, setting and rule).
     """
     team, options = processes(), {"steps": steps, "measure": measure}
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
-    options["batch_size"] = batch_size
+    options |= {"batch_size": batch_size, "record": False, "progress": False}
+
+    def made(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+        began = time.perf_counter()
+        run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, **options)
+        seconds = (time.perf_counter() - began) / len(run)
+        return judges(run, rows).assign(seconds=seconds)
 
     def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
         names = dict(zip(("method", "setting", "rule"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
-        make = partial(_judged, denoiser, rows, seeds, setting, judges, options)
         file = " ".join(str(x) for x in names.values() if x is not None)
-        return kept(folder, file, settings, make).assign(**names)
+        return kept(folder, file, settings, lambda: made(setting, rows)).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
     parts = [(*method, rows) for method in methods.items() for rows in blocks]
@@ -163,7 +156,7 @@ def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFram
 def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     """What `compare` samples: (of, group, prompts, seeds, what is tried) of each grid.
 
-    ``of`` is "methods"; on the main scenario's memorized prompts "settings" and "pairs" too. What is tried is (method,
+    ``of`` is "methods", on the main scenario's memorized prompts "settings" and "pairs" too. What is tried is (method,
     number of the setting or None, rule that it is paired with or "CFG") -> setting.
     """
     size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
@@ -199,30 +192,23 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     return digest(parts)
 
 
-def obtain(profile: str = "reader", folder: str | Path = "build/comparison", device: str = "cpu") -> pd.DataFrame:
+def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> pd.DataFrame:
     """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
     scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
     if profile == "paper" and path.exists():
         if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, profile):
             return table
         processes().print(f"{path} was made with other weights, judges or methods: made anew")
-    return pd.concat([compare(scenario, profile, folder, device) for scenario in scenarios], ignore_index=True)
+    return pd.concat([compare(scenario, profile, folder) for scenario in scenarios], ignore_index=True)
 
 
 MEASURES = {  # name -> its heading, and whether more of it is better on memorized prompts
-    "copied": ("copied", False),
-    "similarity": ("copy similarity", False),
-    "similarity_95": ("its 95th percentile", False),
-    "object_right": ("object right", True),
-    "clip_score": ("CLIP score", True),
-    "new_and_right": ("new and right", True),
-    "cmmd": ("CMMD", False),
-    "diversity": ("diversity", True),
-    "saturated": ("saturated", False),
-    "calls": ("predictions, times CFG's", None),
-    "gradient_passes": ("gradient passes", None),
-    "seconds": ("seconds, times CFG's", None),
-}
+    "copied": ("copied", False), "similarity": ("copy similarity", False),
+    "similarity_95": ("its 95th percentile", False), "object_right": ("object right", True),
+    "clip_score": ("CLIP score", True), "new_and_right": ("new and right", True), "cmmd": ("CMMD", False),
+    "diversity": ("diversity", True), "saturated": ("saturated", False), "calls": ("predictions, times CFG's", None),
+    "gradient_passes": ("gradient passes", None), "seconds": ("seconds, times CFG's", None),
+}  # fmt: skip
 
 
 def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple | None:

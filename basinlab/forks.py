@@ -25,9 +25,8 @@ from .store import kept
 class Sweep(Samples):
     """B samples, the guidance of each started at F timesteps.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> swept = sweep(world, "memorized", [0, 1], starts=[999, 500, 0], steps=10, progress=False)
+    >>> from basinlab import MixtureDenoiser
+    >>> swept = sweep(MixtureDenoiser.with_duplicate(), "memorized", [0, 1], [999, 500, 0], steps=10, progress=False)
     >>> swept.images().shape, swept.network_calls, swept.network_calls_apart
     (torch.Size([2, 3, 2, 1, 1]), tensor([40, 40]), tensor([45, 45]))
     """
@@ -116,10 +115,7 @@ class _Forks:
         return snapshots, magnitude, state.calls
 
     def ends(self, snapshots: dict[int, State], forks: Sequence[tuple[int, int]]) -> Tensor:
-        """Clean latents [N, C, H, W] of ``forks``: (row of a snapshot, step at which guidance begins) each.
-
-        Forks go through the network together, and each joins the batch at its own step.
-        """
+        """Clean latents [N, C, H, W] of ``forks``, (row, step) each, which join one batch at their own steps."""
         ends = torch.empty(len(forks), *self.denoiser.latent_shape)
         in_order = sorted(range(len(forks)), key=lambda n: forks[n][1])
         for part in blocks(in_order, self.batch_size):
@@ -136,22 +132,18 @@ class _Forks:
 
 def sweep(
     denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], starts: Sequence[int] | None = None,
-    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50,
-    scheduler: str | None = None, batch_size: int = 32, measure: bool = False, folder: str | Path | None = None,
-    progress: bool = True,
+    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50, batch_size: int = 32,
+    scheduler: str | None = None, measure: bool = False, folder: str | Path | None = None, progress: bool = True,
 ) -> Sweep:  # fmt: skip
     """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
 
-    Args:
-        starts: timesteps; see `start_steps` for None and for ones that the scheduler has not.
-        before, after: guidance before and from the start on; default none (scale 0) and CFG 7.5. ``after`` may not
-            remember steps, as a dynamic transition point does.
-        measure: make both predictions before the start, so that the guidance magnitude is known.
-        folder: keeps finished blocks of ``batch_size`` samples, so that a killed sweep goes on.
+    ``starts`` are timesteps, see `start_steps`. ``before`` and ``after`` are the guidance before the start and from it
+    on, by default none (scale 0) and CFG 7.5; ``after`` may not remember steps, as a dynamic transition point does.
+    ``measure`` makes both predictions before the start too, for the guidance magnitude. ``folder`` keeps finished
+    blocks of ``batch_size`` samples, so that a killed sweep goes on.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> sweep(world, "memorized", [0], progress=False).starts
+    >>> from basinlab import MixtureDenoiser
+    >>> sweep(MixtureDenoiser.with_duplicate(), "memorized", [0], progress=False).starts
     [999, 919, 839, 759, 679, 599, 519, 440, 360, 280, 200, 120, 40, 0]
     """
     options = (before, after, steps, scheduler, batch_size, measure, folder, progress)
@@ -180,11 +172,9 @@ def bisect(
     [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by`` says in words what
     it decides by; files in ``folder`` depend on it. Options are those of `sweep`.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> def near(points, samples):
-    ...     return basinlab.PlaneDistance().pairs(points, world.duplicate[None])[:, 0] < 1
-    >>> found = bisect(world, "memorized", [0, 1], near, progress=False)
+    >>> from basinlab import MixtureDenoiser, PlaneDistance
+    >>> world, distance = MixtureDenoiser.with_duplicate(), PlaneDistance()
+    >>> found = bisect(world, "memorized", [0, 1], lambda x, _: distance(x, world.duplicate) < 1, progress=False)
     >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
     [440, 360]
     """

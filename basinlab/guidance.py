@@ -7,7 +7,6 @@ with one method, ``weight(timestep)``; timesteps run from 999 down to 0. It can 
 
 import logging
 import math
-from dataclasses import asdict, is_dataclass
 from typing import ClassVar
 
 import torch
@@ -21,12 +20,8 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 def describe(mitigation) -> dict:
     """The class and the settings of a mitigation, for a record of what was done."""
-    settings = asdict(mitigation) if is_dataclass(mitigation) else _settings(mitigation)
-    return {"name": type(mitigation).__name__, **settings}
-
-
-def _settings(guidance: BaseGuidance) -> dict:
-    return {key: value for key, value in guidance.config.items() if not key.startswith("_")}
+    settings = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation)
+    return {"name": type(mitigation).__name__, **{k: v for k, v in settings.items() if not k.startswith("_")}}
 
 
 class WeightedGuidance(BaseGuidance):
@@ -35,10 +30,6 @@ class WeightedGuidance(BaseGuidance):
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
     remembers = False  # whether what it does at a step depends on the steps before
     transition_point: Tensor | None = None  # the first timestep at which the full guidance acts, once it is reached
-
-    def __init__(self):
-        super().__init__()
-        self._begin()
 
     def weight(self, timestep: int) -> float:
         raise NotImplementedError
@@ -53,20 +44,17 @@ class WeightedGuidance(BaseGuidance):
 
     def new(self, **changes) -> "WeightedGuidance":
         """A copy with ``changes``; diffusers' own forgets arguments given by position."""
-        return type(self)(**_settings(self) | changes)
+        return type(self)(**{k: v for k, v in self.config.items() if not k.startswith("_")} | changes)
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """eps_u + w (eps_c - eps_u); a prediction with weight 0 may be None."""
         weight = self.weight(int(self._timestep))
-        if weight in (0, 1):
-            combined = pred_cond if weight else pred_uncond
-        else:
-            combined = pred_uncond + weight * (pred_cond - pred_uncond)
+        alone = {0: pred_uncond, 1: pred_cond}
+        combined = alone[weight] if weight in alone else pred_uncond + weight * (pred_cond - pred_uncond)
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _needed(self) -> list[str]:
-        """Names of the predictions at this step, which diffusers' pipelines ask for by the methods below."""
-        # before the first step a pipeline has to be ready for both
+        """Names of the predictions at this step; before the first one both, for which a pipeline has to be ready."""
         weight = None if self._timestep is None else self.weight(int(self._timestep))
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
@@ -143,9 +131,8 @@ class DynamicTransitionPoint(WeightedGuidance):
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> run = basinlab.sample(world, "memorized", [0, 1, 2], DynamicTransitionPoint(3.0), progress=False)
-    >>> run.transition_point.tolist()  # seeds 0 and 1 showed no minimum before t = 500
-    [nan, nan, 599.0]
+    >>> basinlab.sample(world, "memorized", [0, 2], DynamicTransitionPoint(3.0), progress=False).transition_point
+    tensor([ nan, 599.])
     """
 
     remembers = True
@@ -184,13 +171,11 @@ class DynamicTransitionPoint(WeightedGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
-def OppositeGuidance(
-    start: int | None = None, guidance_scale: float = 7.5, opposite_scale: float = 2.0, latest: int = 500
-) -> WeightedGuidance:
+def OppositeGuidance(start: int | None = None, guidance_scale=7.5, opposite_scale=2.0, latest=500) -> WeightedGuidance:
     """Push away from the prompt before the transition point, then CFG (paper, OG).
 
-    A transition point with eps_u - ``opposite_scale`` (eps_c - eps_u) before it: the static one at ``start`` (OG + STP;
-    650 in the official script), or the dynamic one (OG + DTP), which the official script finds on a run of its own.
+    A transition point with the scale -``opposite_scale`` before it: the static one at ``start`` (OG + STP; 650 in the
+    official script), or the dynamic one (OG + DTP), which the official script finds on a run of its own.
 
     >>> OppositeGuidance(start=650).weight(651)
     -2.0

@@ -118,10 +118,7 @@ class CopyDistance(_Judge):
 
 
 class PerceptualDistance:
-    """LPIPS 0.1 (Zhang et al. 2018; package lpips) on AlexNet, its authors' choice: 0 for the same image.
-
-    It wants torchvision's file of AlexNet in torch hub's cache.
-    """
+    """LPIPS 0.1 (Zhang et al. 2018; package lpips) on torch hub's AlexNet: 0 for the same image."""
 
     def __init__(self, device: str | torch.device = "cpu"):
         import lpips  # half a second that only this class needs
@@ -133,7 +130,7 @@ class PerceptualDistance:
         # lpips cuts torchvision's ``features`` into slices: slice1.0.weight is features.0.weight
         names = network.net.state_dict()
         network.net.load_state_dict({name: given["features." + name.split(".", 1)[1]] for name in names})
-        self.network, self.device = network.to(device), device
+        self.network, self.device, self.name = network.to(device), device, "LPIPS 0.1 on AlexNet"
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
@@ -145,10 +142,9 @@ class PerceptualDistance:
 
 
 class Alignment(_Judge):
-    """How well images fit words, by a CLIP (Radford et al. 2021).
+    """How well images, resized to CLIP's square, fit words, by a CLIP (Radford et al. 2021).
 
     ``name`` is "clip", the bundled one; another CLIPModel folder; or the id of one in the local Hugging Face cache.
-    Images are resized to CLIP's square, not cropped.
     """
 
     def __init__(self, name: str = "clip", device: str | torch.device = "cpu"):
@@ -192,10 +188,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mean_between(sums: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over all pairs of different groups, and the same without each group in turn, [G].
-
-    ``sums`` [G, G] is the kernel summed over the pairs of two groups, ``pairs`` [G, G] how many those are.
-    """
+    """Mean, over the ``pairs`` [G, G] of two groups each, of their ``sums``; and without each group in turn, [G]."""
     sums, pairs = (x.clone().fill_diagonal_(0) for x in (sums, pairs))
     without = (sums.sum() - 2 * sums.sum(dim=1)) / (pairs.sum() - 2 * pairs.sum(dim=1))
     return sums.sum() / pairs.sum(), without
@@ -205,10 +198,9 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
     """CMMD (Jayasumana et al. 2024) and its 95% interval: unbiased squared MMD with a Gaussian kernel, times 1000.
 
     About 0, on either side, where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one
-    distribution. One CLIP's values do not compare with another's. The estimate is that of Gretton et al. 2012, eq. 3,
-    over pairs of different ``groups`` [A]: images of one prompt are not independent. The interval is a delete-one
-    jackknife over whole groups and over single references (Arvesen 1969), with Student's t; NaN for fewer than 3 of
-    either. A bootstrap would draw images twice, whose pairs look like copies.
+    distribution. The estimate is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of
+    one prompt are not independent. The interval is a delete-one jackknife over groups and over references (Arvesen
+    1969), with Student's t; NaN for fewer than 3 of either. A bootstrap's repeated images would look like copies.
     """
     a, b = features.cpu().double(), references.cpu().double()
     if not (a.isfinite().all() and b.isfinite().all()):
@@ -237,10 +229,9 @@ def saturated_share(pictures: Tensor) -> Tensor:
 
 
 def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Centred correlation with the reference outside the object's box, [B] in -1..1.
+    """Centred correlation with the reference outside the object's box (left, top, size in pixels), [B] in -1..1.
 
-    High when background and placement are the reference's, whatever object stands in the box. ``boxes`` are left, top
-    and size in pixels.
+    High when background and placement are the reference's, whatever object stands in the box.
     """
     results = []
     for picture, reference, (left, top, size) in zip(_checked(pictures), _checked(references), boxes, strict=True):
@@ -252,9 +243,6 @@ def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tupl
 
 
 def mean_pairwise_distance(states: Tensor) -> Tensor:
-    """Mean Euclidean distance between the B states at each step, [S], for ``states`` [B, S, ...].
-
-    Divided by the square root of the state's length: 1.41 for unit Gaussian noise.
-    """
+    """Mean distance of B ``states`` [B, S, ...] at each step, [S], by the root of their length: 1.41 for unit noise."""
     flat = states.flatten(2).transpose(0, 1).float()
     return torch.stack([F.pdist(step).mean() for step in flat]) / flat.shape[2] ** 0.5

@@ -1,15 +1,12 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
 A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself. What it draws at random
-depends on the seed, apart from the initial noise. A list of them is applied in order:
-``sample(denoiser, prompts, seeds, [EmbeddingNoise(0.1), DynamicTransitionPoint()])``.
+depends on the seed, apart from the initial noise.
 
-Constants are those of the authors, for Stable Diffusion's 4x64x64 latents. A length in latent space scales with the
-square root of the latent's size; a guidance magnitude at T with sqrt(alpha_bar_T) of the noise schedule as well.
-Magnitudes are of epsilon, in units of one latent's norm.
+Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scale with the square root of the latent's
+size, guidance magnitudes at T, which are norms of epsilon's differences, with sqrt(alpha_bar_T) as well.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -147,20 +144,24 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Descent(Mitigation):
-    """Gradient steps until a loss is at most ``target``, for each sample by itself, or ``iterations`` are over."""
+    """Gradient steps until ``_loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
 
     calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
+    optimizer: ClassVar[type] = torch.optim.AdamW
 
     def most_predictions(self):
         return self.calls * (3 * self.iterations + 1)
 
-    def _descend(self, state: State, start: Tensor, loss: Callable[[Tensor], Tensor], optimizer: type) -> Tensor:
+    def begin(self, state):
+        state.latents = self._descend(state, state.latents)
+
+    def _descend(self, state: State, start: Tensor) -> Tensor:
         """``start`` [B, ...], changed. Steps are made in float32, where the optimizer's squares do not underflow."""
         with torch.inference_mode(False), torch.enable_grad():
             variable = start.detach().float().clone().requires_grad_()
-            steps, reached = optimizer([variable], lr=self.rate), torch.zeros(len(start), dtype=torch.bool)
+            steps, reached = self.optimizer([variable], lr=self.rate), torch.zeros(len(start), dtype=torch.bool)
             for iteration in range(self.iterations + 1):
-                losses = loss(variable.to(start.dtype))
+                losses = self._loss(state, variable.to(start.dtype))
                 state.calls = state.calls + self.calls * ~reached
                 reached = reached | (losses.detach() <= self.target).cpu()
                 if reached.all() or iteration == self.iterations:
@@ -187,14 +188,12 @@ class PromptOptimization(_Descent):
     rate: float = 0.05
     iterations: int = 10
 
+    def _loss(self, state, tokens):
+        return _norm(_difference(state, state.latents, torch.cat([state.conditional[:, :1], tokens], 1)))
+
     def begin(self, state):
-        begin = state.conditional[:, :1]
-
-        def loss(tokens: Tensor) -> Tensor:
-            return _norm(_difference(state, state.latents, torch.cat([begin, tokens], 1)))
-
-        moved = self._descend(state, state.conditional[:, 1:], loss, torch.optim.AdamW)
-        state.conditional = torch.cat([begin, moved], 1)
+        moved = self._descend(state, state.conditional[:, 1:])
+        state.conditional = torch.cat([state.conditional[:, :1], moved], 1)
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,8 @@ class NoiseDescent(_Descent):
     rate: float = 0.01
     iterations: int = 1000
 
-    def begin(self, state):
-        def loss(latents: Tensor) -> Tensor:
-            return _norm(_difference(state, latents, state.conditional))
-
-        state.latents = self._descend(state, state.latents, loss, torch.optim.AdamW)
+    def _loss(self, state, latents):
+        return _norm(_difference(state, latents, state.conditional))
 
 
 @dataclass(frozen=True)
@@ -249,17 +245,14 @@ class SharpnessAwareNoise(_Descent):
     ``target``. Theirs draws new noise for a sample that misses it; here it keeps what it reached. Defaults are theirs.
     """
 
-    calls = 4
+    calls, optimizer = 4, torch.optim.Adam
     target: float = 8.2
     radius: float = 1.0
     pull: float = 0.05
     rate: float = 0.05
     iterations: int = 10
 
-    def begin(self, state):
-        def loss(latents: Tensor) -> Tensor:
-            here = _difference(state, latents, state.conditional)
-            ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
-            return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
-
-        state.latents = self._descend(state, state.latents, loss, torch.optim.Adam)
+    def _loss(self, state, latents):
+        here = _difference(state, latents, state.conditional)
+        ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
+        return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)

@@ -16,14 +16,12 @@ from .models import Denoiser
 
 
 class MixtureDenoiser(Denoiser):
-    """The exact epsilon of a Gaussian mixture in the plane.
+    """The exact epsilon of a Gaussian mixture in the plane, by default on Stable Diffusion's noise schedule.
 
-    ``centres`` [K, 2] and ``deviations`` [K] are of the components, ``prompts`` have K weights each; "" is the empty
-    prompt, the unconditional density. The scheduler's config is the noise schedule, by default Stable Diffusion's.
+    ``centres`` [K, 2] and ``deviations`` [K] are of the components; a prompt, "" for none, has K weights.
 
-    >>> world = MixtureDenoiser([(0, 0), (4, 0)], [1, 1], {"": [0.5, 0.5], "right": [0, 1]})
-    >>> world.draw(1000, "right")[:, 0].mean().round()
-    tensor(4.)
+    >>> MixtureDenoiser.with_duplicate().draw(5, "memorized").shape
+    torch.Size([5, 2, 1, 1])
     """
 
     latent_shape = (2, 1, 1)
@@ -52,8 +50,7 @@ class MixtureDenoiser(Denoiser):
         """
         angles = np.pi / 3 * np.arange(6)
         ring = 6 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        prompts = {"": [*np.full(6, 0.99 / 6), 0.01], "ordinary": [1, *np.zeros(6)]}
-        prompts["memorized"] = [1 - share, *np.zeros(5), share]
+        prompts = {"": [*[0.99 / 6] * 6, 0.01], "ordinary": [1, *[0] * 6], "memorized": [1 - share, *[0] * 5, share]}
         return cls([*ring, (2.0, -2.5)], [*[0.9] * 6, 0.05], prompts, **options)
 
     @property
@@ -63,8 +60,7 @@ class MixtureDenoiser(Denoiser):
 
     def fingerprint(self) -> str:
         numbers = torch.cat([self.centres.flatten(), self.deviations, *self.weights.values()])
-        names = "\n".join(self.weights).encode()
-        return hashlib.sha256(numbers.double().numpy().tobytes() + names).hexdigest()[:16]
+        return hashlib.sha256(numbers.double().numpy().tobytes() + "\n".join(self.weights).encode()).hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Weights over the components, [B, 1, K]."""

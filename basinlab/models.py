@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -38,30 +37,27 @@ def data_folder() -> Path:
     return Path(os.environ.get("BASINLAB_DATA", Path(__file__).resolve().parents[1] / "data"))
 
 
+@dataclass(eq=False)
 class Denoiser:
     """phi: X x (0, T] x E -> X (paper, Definition 1).
 
-    A subclass has the attributes below; its scheduler's config is the noise schedule. ``embed(prompts)`` gives
-    embeddings e, [B, L, E]; ``self(latents, timestep, embedding)`` the prediction, [B, C, H, W], epsilon or v as the
-    scheduler says; ``decode(latents)`` pictures; ``fingerprint()`` a digest of the weights in use.
+    A subclass has ``embed(prompts)`` -> [B, L, E], ``self(latents, timestep, embedding)`` -> prediction [B, C, H, W],
+    ``decode(latents)`` -> pictures, and ``fingerprint()``, a digest of the weights in use.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()  # one in closed form
-    >>> isinstance(world, Denoiser), world.timesteps(4)
-    (True, [999, 749, 500, 250])
+    >>> load("emoji-duplicated").timesteps(4)
+    [999, 749, 500, 250]
     """
 
     name: str
-    scheduler: SchedulerMixin
+    scheduler: SchedulerMixin  # its config is the noise schedule, and says whether epsilon or v is predicted
     device: torch.device
-    dtype: torch.dtype
     latent_shape: tuple[int, int, int]
+    dtype: torch.dtype = field(init=False)
 
     def settings(self) -> dict:
         """What a kept result was made with: weights, dtype, size of the latents, noise schedule."""
-        schedule = {key: str(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
         shared = {"weights": self.fingerprint(), "dtype": str(self.dtype), "latents": list(self.latent_shape)}
-        return {**shared, "schedule": schedule}
+        return shared | {"schedule": {k: str(v) for k, v in self.scheduler.config.items() if not k.startswith("_")}}
 
     def timesteps(self, steps: int = 50) -> list[int]:
         """The timesteps at which its own scheduler samples, falling."""
@@ -73,19 +69,14 @@ class Denoiser:
         """The share of the clean latents' variance that is left at ``timestep``."""
         return self.scheduler.alphas_cumprod[int(timestep)].to(self.device)
 
-    @property
-    def predicts_v(self) -> bool:
-        """Whether the network predicts v (Salimans and Ho 2022) rather than epsilon."""
-        return self.scheduler.config.prediction_type == "v_prediction"
-
     def epsilon_scale(self, timestep: int | Tensor) -> Tensor | float:
-        """The factor that makes a difference of two predictions one of epsilon: sqrt(alpha_bar_t) for v, else 1."""
-        return self.alpha_bar(timestep).sqrt() if self.predicts_v else 1.0
+        """What makes a difference of predictions one of epsilon: sqrt(alpha_bar_t) for v (Salimans and Ho 2022)."""
+        return self.alpha_bar(timestep).sqrt() if self.scheduler.config.prediction_type == "v_prediction" else 1.0
 
     def predicted_clean(self, latents: Tensor, prediction: Tensor, timestep: int | Tensor) -> Tensor:
         """The clean latents that ``prediction`` at ``latents`` implies, [B, C, H, W]."""
         alpha_bar = self.alpha_bar(timestep)
-        if self.predicts_v:
+        if self.scheduler.config.prediction_type == "v_prediction":
             return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * prediction
         return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
 
@@ -104,22 +95,18 @@ class TokenAttention:
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
-@dataclass
+@dataclass(eq=False)
 class StableDiffusion(Denoiser):
     """A StableDiffusionPipeline (1.x, 2.x) as a `Denoiser`."""
 
-    name: str
     pipeline: DiffusionPipeline
-    device: torch.device
-    latent_shape: tuple[int, int, int]
-    scheduler: SchedulerMixin
 
     def __post_init__(self):
         self.tokenizer, self.text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         self.unet, self.vae, self.dtype = self.pipeline.unet, self.pipeline.vae, self.pipeline.unet.dtype
 
     def fingerprint(self) -> str:
-        """The first 16 digits of the SHA-256 of all weights in use, which is to be asked for once a job."""
+        """16 digits of the SHA-256 of all weights in use; takes seconds for a large model."""
         digest = hashlib.sha256()
         for part in (self.text_encoder, getattr(self.pipeline, "text_encoder_2", None), self.unet, self.vae):
             for name, weight in part.state_dict().items() if part is not None else ():
@@ -128,7 +115,7 @@ class StableDiffusion(Denoiser):
         return digest.hexdigest()[:16]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of ``prompts``, [B, L, E]. Warns of words beyond the text encoder's length."""
+        """Text states of ``prompts``, [B, L, E]. Warns of words that are cut."""
         self._warn_of_cuts(prompts)
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
@@ -146,16 +133,14 @@ class StableDiffusion(Denoiser):
     def __call__(self, latents, timestep, embedding, token_scale: Tensor | None = None) -> Tensor:
         """The prediction [B, C, H, W], differentiable where an input is. ``token_scale`` [B, L]: `TokenAttention`."""
         inputs = self._inputs(latents, embedding)
-        with torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)):
-            if token_scale is None:
-                return self.unet(latents, timestep, **inputs, return_dict=False)[0]
-            scale = {"token_scale": token_scale[:, : inputs["encoder_hidden_states"].shape[1]]}
-            usual = self.unet.attn_processors
-            self.unet.set_attn_processor(TokenAttention())
-            try:
-                return self.unet(latents, timestep, **inputs, cross_attention_kwargs=scale, return_dict=False)[0]
-            finally:
-                self.unet.set_attn_processor(usual)
+        with ExitStack() as stack:
+            if token_scale is not None:
+                scale = token_scale[:, : inputs["encoder_hidden_states"].shape[1]]
+                inputs["cross_attention_kwargs"] = {"token_scale": scale}
+                stack.callback(self.unet.set_attn_processor, self.unet.attn_processors)
+                self.unet.set_attn_processor(TokenAttention())
+            stack.enter_context(torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)))
+            return self.unet(latents, timestep, **inputs, return_dict=False)[0]
 
     def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
         return {"encoder_hidden_states": embedding}
@@ -182,18 +167,14 @@ class StableDiffusionXL(StableDiffusion):
         return rows
 
     def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
-        pooled = embedding[:, -1, : self.pipeline.text_encoder_2.config.projection_dim]
+        text = embedding[:, -1, : self.pipeline.text_encoder_2.config.projection_dim]
         size = [side * self.pipeline.vae_scale_factor for side in latents.shape[-2:]]  # original, crop and target
-        sizes = torch.tensor([[*size, 0, 0, *size]]).to(latents).expand(len(latents), -1)
-        added = {"text_embeds": pooled, "time_ids": sizes}
-        return {"encoder_hidden_states": embedding[:, :-1], "added_cond_kwargs": added}
+        ids = torch.tensor([[*size, 0, 0, *size]]).to(latents).expand(len(latents), -1)
+        return {"encoder_hidden_states": embedding[:, :-1], "added_cond_kwargs": {"text_embeds": text, "time_ids": ids}}
 
 
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-_KINDS = {  # diffusers' class: ours, and how to load it without what is not needed
-    "StableDiffusionPipeline": (StableDiffusion, UNCHECKED),
-    "StableDiffusionXLPipeline": (StableDiffusionXL, {"add_watermarker": False}),
-}
+_KINDS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
 
 
 def load(
@@ -202,22 +183,24 @@ def load(
 ) -> StableDiffusion:  # fmt: skip
     """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
 
-    Args:
-        name: a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id of one that
-            is in the Hugging Face cache. Nothing is downloaded, and only safetensors are read.
-        unet: folder of a fine-tuned U-Net: all its weights, or those that differ from the U-Net of ``name``.
-        resolution: side of the pictures in pixels, where it is not the U-Net's own.
+    ``name`` is a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id of one in
+    the Hugging Face cache. Nothing is downloaded, and only safetensors are read. ``unet`` is the folder of a fine-tuned
+    U-Net: all its weights, or those that changed. ``resolution`` is the pictures' side in pixels.
 
-    >>> denoiser = load("emoji-duplicated")
-    >>> denoiser.embed(["a picture of a tomato", "an owl"]).shape[0]
+    >>> load("emoji-duplicated").embed(["a picture of a tomato", "an owl"]).shape[0]
     2
     """
     try:
         torch.empty(0, device=device, dtype=dtype).sin_()
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"device {device!r} with dtype {dtype!r} cannot be used here: {error}") from error
-    own = _folder(str(name))
-    folder, unet = _base(own, unet)
+    own = folder = _folder(str(name))
+    if (own / "base.json").exists():  # a fine-tuned U-Net, and the bundled checkpoint that it belongs to
+        base = json.loads((own / "base.json").read_text())
+        folder, unet = own.parent / base["base"], unet or own / "unet"
+        found = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
+        if found != base["base_unet"]:
+            raise ValueError(f"{own} was fine-tuned from U-Net {base['base_unet']}, but {folder} holds {found}")
     kind, pipeline = _pipeline(folder, dtype)
     scheduler, shape = _scheduler(pipeline, folder), _latent_shape(pipeline, resolution)
     if unet is not None:
@@ -225,34 +208,22 @@ def load(
     for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
         part.eval().requires_grad_(False)
     called = own.name if own.resolve() == (data_folder() / own.name).resolve() else str(name)
-    return kind(called, pipeline.to(device), torch.device(device), shape, scheduler)
+    return kind(called, scheduler, torch.device(device), shape, pipeline.to(device))
 
 
 def _folder(name: str) -> Path:
     for folder in (Path(name), data_folder() / name):
         if folder.is_dir():
             return folder
-    with suppress(HFValidationError):
+    with suppress(ValueError):  # of what cannot be the name of a repository
         if isinstance(index := try_to_load_from_cache(name, "model_index.json"), str):
             return Path(index).parent
     bundled = sorted({path.parent.name for path in data_folder().glob("*/unet")})
     raise ValueError(
-        f"no checkpoint {name!r}: it is no folder, none of the bundled {bundled} in {data_folder()}, and not in the "
-        f"Hugging Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` "
-        f"fetches it (if it is gated, accept its licence at https://huggingface.co/{name} first, then `hf auth login`)"
+        f"no checkpoint {name!r}: no folder, none of the bundled {bundled} in {data_folder()}, and not in the Hugging "
+        f"Face cache {constants.HF_HUB_CACHE}; `hf download {name} --include '*.json' '*.txt' '*.safetensors'` fetches "
+        f"it (a gated one after its licence is accepted at https://huggingface.co/{name}, and `hf auth login`)"
     )
-
-
-def _base(own: Path, unet: str | Path | None) -> tuple[Path, str | Path | None]:
-    """The folders of the pipeline and of the U-Net over it: a bundled fine-tuned checkpoint names its base."""
-    if not (own / "base.json").exists():
-        return own, unet
-    settings = json.loads((own / "base.json").read_text())
-    folder = own.parent / settings["base"]
-    found = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()[:16]
-    if found != settings["base_unet"]:
-        raise ValueError(f"{own} was fine-tuned from U-Net {settings['base_unet']}, but {folder} holds {found}")
-    return folder, unet or own / "unet"
 
 
 def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
@@ -261,13 +232,14 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     parts = json.loads((folder / "model_index.json").read_text())
     if parts["_class_name"] not in _KINDS:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
-    ours, options = _KINDS[parts["_class_name"]]
+    ours = _KINDS[parts["_class_name"]]
     for part in (folder / name for name in parts if name.startswith("tokenizer")):
         files = {path.name for path in part.glob("*")}
         if not (files >= {"tokenizer.json"} or files >= {"vocab.json", "merges.txt"}):  # all prompts would embed alike
             raise OSError(f"{part} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, is missing")
     halves = {path.parent for path in folder.glob("*/*.fp16*.safetensors")}
     whole = {path.parent for path in folder.glob("*/*.safetensors") if ".fp16" not in path.name}
+    options = {"add_watermarker": False} if ours is StableDiffusionXL else UNCHECKED
     options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
@@ -310,13 +282,11 @@ def _overlay(unet: torch.nn.Module, folder: Path, base: Path) -> None:
 
 def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
     config, factor = pipeline.unet.config, pipeline.vae_scale_factor
-    if resolution is None:
-        side = config.sample_size
-        return config.in_channels, *(side if isinstance(side, list | tuple) else (side, side))
     least = factor * 2 ** (len(config.block_out_channels) - 1)
-    if not isinstance(resolution, int) or resolution < least or resolution % least:
+    if resolution is not None and (not isinstance(resolution, int) or resolution < least or resolution % least):
         raise ValueError(f"resolution is {resolution!r}: give a multiple of {least} pixels")
-    return config.in_channels, resolution // factor, resolution // factor
+    side = config.sample_size if resolution is None else resolution // factor
+    return config.in_channels, *(side if isinstance(side, list | tuple) else (side, side))
 
 
 @contextmanager
@@ -343,7 +313,7 @@ def without_bars():
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
     """Pictures of one size as [B, 3, height, width] float32 in 0..1.
 
-    >>> read_pictures([data_folder() / "unseen" / "000.png"]).shape
-    torch.Size([1, 3, 64, 64])
+    >>> read_pictures([data_folder() / "unseen" / "000.png"]).shape[:2]
+    torch.Size([1, 3])
     """
     return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

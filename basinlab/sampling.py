@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 
 import diffusers
 import numpy as np
@@ -38,9 +37,11 @@ class Samples:
     def images(self) -> Tensor:
         """The final pictures, [B, 3, height, width] in 0..1, of a sweep [B, F, ...]; decoded once."""
         if not hasattr(self, "_images"):
-            latents = self.latents if hasattr(self, "starts") else self.latents[:, -1]
-            self._images = decoded(self.denoiser, latents)
+            self._images = self._decoded(self.latents if hasattr(self, "starts") else self.latents[:, -1])
         return self._images
+
+    def _decoded(self, latents: Tensor) -> Tensor:  # [..., C, H, W] -> [..., 3, height, width]
+        return self.denoiser.decode(latents.flatten(0, -4)).unflatten(0, latents.shape[:-3])
 
     def table(self) -> pd.DataFrame:
         """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) calls, gradient_passes."""
@@ -52,20 +53,14 @@ class Samples:
         return table.assign(start=np.tile(self.starts, len(self)))
 
 
-def decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
-    """The pictures [..., 3, height, width] of clean latents [..., C, H, W]."""
-    return denoiser.decode(latents.flatten(0, -4)).unflatten(0, latents.shape[:-3])
-
-
 @dataclass(repr=False)
 class Trajectory(Samples):
     """B sampling runs of S steps.
 
     >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> run = sample(world, ["memorized", "ordinary"], [0, 1, 2], steps=10, progress=False)
-    >>> run.latents.shape, run.of("ordinary").seeds
-    (torch.Size([6, 11, 2, 1, 1]), [0, 1, 2])
+    >>> run = sample(basinlab.MixtureDenoiser.with_duplicate(), ["memorized", "ordinary"], [0, 1, 2], progress=False)
+    >>> run.of("ordinary")
+    Trajectory(3 samples of 1 prompts, latents [3, 51, 2, 1, 1])
     """
 
     prompts: list[str]
@@ -81,7 +76,7 @@ class Trajectory(Samples):
 
     def predicted_images(self, steps: Sequence[int]) -> Tensor:
         """The clean pictures predicted at ``steps``, indices into ``timesteps``: [B, len(steps), 3, h, w]."""
-        return decoded(self.denoiser, self.recorded("predicted")[:, list(steps)])
+        return self._decoded(self.recorded("predicted")[:, list(steps)])
 
     def recorded(self, name: str) -> Tensor:
         """``latents`` or ``predicted`` of all steps."""
@@ -106,14 +101,11 @@ def _of_samples(items: Sequence, rows: Sequence[int] | None = None):
     def changed(values: list):
         if rows is not None:
             return [values[0][i] for i in rows] if isinstance(values[0], list) else values[0][rows]
-        return list(chain(*values)) if isinstance(values[0], list) else torch.cat(values)
+        return [x for entries in values for x in entries] if isinstance(values[0], list) else torch.cat(values)
 
-    values = {f.name: [getattr(item, f.name) for item in items] for f in fields(items[0])}
-    of_samples = {name for name in values if name not in SHARED and values[name][0] is not None}
-    return replace(items[0], **{name: changed(values[name]) for name in of_samples})
-
-
-SHARED = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")  # the other fields: an entry a sample
+    shared = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")  # the others have an entry a sample
+    values = {f.name: [getattr(item, f.name) for item in items] for f in fields(items[0]) if f.name not in shared}
+    return replace(items[0], **{name: changed(found) for name, found in values.items() if found[0] is not None})
 
 
 @dataclass
@@ -157,8 +149,7 @@ def _scheduler_of(states: Sequence[State], change: Callable) -> SchedulerMixin:
         return change(values) if isinstance(values[0], Tensor) and values[0].shape[1:] == shape else values[0]
 
     scheduler = copy.copy(states[0].scheduler)
-    for name in vars(scheduler):
-        setattr(scheduler, name, changed([getattr(state.scheduler, name) for state in states]))
+    vars(scheduler).update({key: changed([vars(state.scheduler)[key] for state in states]) for key in vars(scheduler)})
     return scheduler
 
 
@@ -185,6 +176,7 @@ class Mitigation:
         return 0
 
 
+Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
 BOTH = ("pred_cond", "pred_uncond")  # diffusers' names of the two predictions
 
 
@@ -195,23 +187,22 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
     network predicts. Yields after each step the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
     """
     denoiser, timesteps = state.denoiser, state.scheduler.timesteps
+    takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
     for step in range(first, len(timesteps)):
         t = timesteps[step]
         guidance.set_state(step, len(timesteps), t)
         needed = [getattr(part, BaseGuidance._identifier_key) for part in guidance.prepare_inputs({"x": BOTH})]
         predictions = predict(state, t, BOTH if measure else needed)  # one call of the network
-        combined = guidance.forward(**{name: predictions[name] for name in needed})[0]
-        prediction = combined / denoiser.epsilon_scale(t)
+        prediction = guidance.forward(**{name: predictions[name] for name in needed})[0] / denoiser.epsilon_scale(t)
         clean = denoiser.predicted_clean(state.scheduler.scale_model_input(state.latents, t), prediction, t)
-        takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
         noise = {"generator": state.generators} if takes_noise else {}
         state.latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
-        _check_finite(state, step, t)
-        magnitude = torch.full((len(clean),), torch.nan)  # where one prediction was made
-        if len(predictions) == 2:
-            difference = predictions["pred_cond"] - predictions["pred_uncond"]
-            magnitude = difference.flatten(1).float().norm(dim=1).cpu()
-        yield clean, magnitude
+        if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
+            which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
+            cure = f"(t = {int(t)}): use float32, a smaller guidance scale or more steps"
+            raise FloatingPointError(f"latents of {which} {cure}")
+        conditional, unconditional = (predictions.get(name, torch.nan) for name in BOTH)
+        yield clean, (conditional - unconditional).flatten(1).float().norm(dim=1).cpu()
 
 
 def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -228,13 +219,6 @@ def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     outputs = state.denoiser(inputs, t, torch.cat([embeddings[name] for name in names]), **attention)
     state.calls = state.calls + len(names)
     return dict(zip(names, (outputs * state.denoiser.epsilon_scale(t)).chunk(len(names)), strict=True))
-
-
-def _check_finite(state: State, step: int, t: Tensor) -> None:
-    if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
-        sample, when = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}", f"step {step} (t = {int(t)})"
-        cure = "use float32, a smaller guidance scale or more steps"
-        raise FloatingPointError(f"latents of {sample}, are not finite after {when}: {cure}")
 
 
 def run_steps(state: State, guidance: BaseGuidance, first: int, bar: tqdm, record=True, measure=False) -> Trajectory:
@@ -295,16 +279,11 @@ def every_pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
         whole = []
     if not prompts or not whole or min(whole) < 0:
         raise ValueError(f"{len(prompts)} prompts, seeds {seeds!r}: give one of each at least, seeds from 0 on")
-    for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"the prompt {prompt!r} is no text; for unconditional sampling use ConstantGuidance(0)")
-    for given in (prompts, whole):
-        if again := [x for x, count in Counter(given).items() if count > 1]:
-            raise ValueError(f"{again[0]!r} is given twice: equal samples would count as several")
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]:
+        raise ValueError(f"the prompt {wrong[0]!r} is no text; for unconditional sampling use ConstantGuidance(0)")
+    if again := [x for x, count in Counter([*prompts, *whole]).items() if count > 1]:
+        raise ValueError(f"{again[0]!r} is given twice: equal samples would count as several")
     return [(prompt, seed) for prompt in prompts for seed in whole]
-
-
-Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
 
 
 def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
@@ -338,8 +317,7 @@ def begin(denoiser: Denoiser, pairs, steps: int, scheduler: str | None, mitigati
     latents, distinct = latents.to(denoiser.device, denoiser.dtype), list(dict.fromkeys(texts))
     embeddings = (denoiser.embed(distinct)[[distinct.index(text) for text in texts]], denoiser.embed([""]))
     counts = torch.zeros(2, len(texts), dtype=torch.long)
-    rest = (latents, *embeddings, generators, *counts, solver, mitigations)
-    state = State(denoiser, prompts, seeds, texts, *rest)
+    state = State(denoiser, prompts, seeds, texts, latents, *embeddings, generators, *counts, solver, mitigations)
     for mitigation in mitigations:
         mitigation.begin(state)
     return state
@@ -356,19 +334,15 @@ def sample(
 ) -> Trajectory:  # fmt: skip
     """Sample every prompt with every seed.
 
-    Args:
-        mitigations: one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
-            diffusers guider with a conditional and an unconditional prediction; without one it is CFG 7.5.
-        scheduler: name of a diffusers class; default the checkpoint's own.
-        batch_size: samples that go through the network together; bounds memory, not results.
-        record: keep all latents and predictions, not the last latents only.
-        measure: make both predictions at every step, so that the guidance magnitude is known everywhere.
+    ``mitigations`` is one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
+    diffusers guider with the two predictions; without one it is CFG 7.5. ``scheduler`` names a diffusers class.
+    ``batch_size`` bounds memory, not results. Without ``record`` only the last latents are kept. With ``measure`` both
+    predictions are made at every step, so that the guidance magnitude is known everywhere.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> run = sample(world, "memorized", range(4), basinlab.StaticTransitionPoint(500), progress=False)
-    >>> run.images().shape, run.network_calls  # 25 steps with one prediction, 25 with two
-    (torch.Size([4, 2, 1, 1]), tensor([75, 75, 75, 75]))
+    >>> sample(world, "memorized", [0, 1], basinlab.StaticTransitionPoint(500), progress=False).network_calls
+    tensor([75, 75])
     """
     guidance, others = split(mitigations)
     pairs, parts = every_pair(prompts, seeds), []
@@ -388,11 +362,9 @@ def sample_from(
 
     ``seeds`` are of the noise that a stochastic scheduler adds.
 
-    >>> import basinlab
-    >>> world = basinlab.MixtureDenoiser.with_duplicate()
-    >>> run = sample_from(world, ["memorized"], torch.zeros(1, 2, 1, 1), world.timesteps()[25], progress=False)
-    >>> run.latents.shape
-    torch.Size([1, 26, 2, 1, 1])
+    >>> from basinlab import MixtureDenoiser
+    >>> sample_from(MixtureDenoiser.with_duplicate(), ["memorized"], torch.zeros(1, 2, 1, 1), 500, progress=False)
+    Trajectory(1 samples of 1 prompts, latents [1, 26, 2, 1, 1])
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [0] * len(latents) if seeds is None else seeds

@@ -1,7 +1,6 @@
 """Scenarios: what is sampled, with which prompts, and how it is judged. One yaml file each, in data/scenarios.
 
-Bundled and published checkpoints are described alike. What is not known of one is left out of its tables, such as the
-objects' names and boxes of Stable Diffusion's prompts. Relative paths in a file start at its own folder.
+What a file does not say is left out of the tables. Its relative paths start at its own folder.
 """
 
 import hashlib
@@ -28,9 +27,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
     """The prompts in ``path``, a row each.
 
-    "csv" has a column prompt (the bundled ones also object, kind, share, attractor, left, top, size), "wen" JSON lines
-    with caption, url and index, "lines" one prompt a line, "pairs" a folder of texts, each beside its image, "dcr" a
-    JSON object: path of an image -> its captions, of which the first is used.
+    "csv" has a column prompt, the bundled ones more; "wen" JSON lines with caption, url and index; "lines" one prompt a
+    line; "pairs" is a folder of texts; "dcr" a JSON object, image's path -> its captions, of which the first is used.
     """
     if format == "csv":
         table = pd.read_csv(path, keep_default_na=False)
@@ -108,11 +106,7 @@ def names() -> list[str]:
 
 
 def read(name: str | Path) -> Scenario:
-    """The scenario called ``name``, one of `names`, or the one in the YAML file ``name``.
-
-    >>> read("emoji-duplicated").guidance_scale
-    5.0
-    """
+    """The scenario called ``name``, one of `names`, or the one in the YAML file ``name``."""
     path = Path(name) if str(name).endswith(".yaml") else data_folder() / "scenarios" / f"{name}.yaml"
     if not path.exists():
         raise ValueError(f"no scenario {str(name)!r}: give one of {names()}, or a .yaml file")
@@ -122,9 +116,8 @@ def read(name: str | Path) -> Scenario:
 class Judges:
     """The models that look at a scenario's images: a run or a sweep becomes one table, a row a sample.
 
-    ``distance`` and ``alignment`` are None where their weights are missing, and ``notices`` says why. ``references``
-    are the descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of all prompts of the
-    group memorized. ``objects`` are all names of objects in the prompts.
+    ``distance`` and ``alignment`` are None where their weights are missing, as ``notices`` say. ``references`` are the
+    descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of the whole group memorized.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
@@ -136,13 +129,12 @@ class Judges:
         tables = {group: table for group, table in found.items() if table is not None}
         self.objects = sorted({name for table in tables.values() for name in table.get("object", [])})
         for group, table in tables.items():
-            if not self.distance or "attractor" not in table:
-                continue
-            for prompt, paths in table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]:
-                self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
-            known = [self.references[prompt] for prompt in table["prompt"].unique() if prompt in self.references]
-            if group == "memorized" and known:
-                self.learned = torch.cat(known)
+            if self.distance and "attractor" in table:
+                known = table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]
+                for prompt, paths in known:
+                    self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
+                if group == "memorized" and len(known):
+                    self.learned = torch.cat([self.references[prompt] for prompt, _ in known])
 
     def _made(self, make, *given):
         """What ``make(*given)`` gives; None, and a notice, where a file is missing."""
@@ -158,14 +150,10 @@ class Judges:
 
     def settings(self) -> dict:
         """What a table depends on beside the run, for the digest of kept tables."""
-        return {
-            "distance": self.distance and self.distance.weights,
-            "alignment": self.alignment and self.alignment.weights,
-            "references": self._seen.hexdigest()[:16],
-            "objects": self.objects,
-            "radius": self.scenario.radius,
-            "layout_floor": self.scenario.layout_floor,
-        }
+        judges = {"distance": self.distance, "alignment": self.alignment}
+        known = {"references": self._seen.hexdigest()[:16], "objects": self.objects}
+        limits = {"radius": self.scenario.radius, "layout_floor": self.scenario.layout_floor}
+        return {name: judge and judge.weights for name, judge in judges.items()} | known | limits
 
     def estimate(self, run: Trajectory) -> None:
         """Take the attractor that ``run``, under CFG from T, shows for each prompt without a reference."""
@@ -177,18 +165,22 @@ class Judges:
     def __call__(self, run: Trajectory | Sweep, prompts: pd.DataFrame) -> pd.DataFrame:
         """One row a sample of ``run``, of a sweep a sample and start: what became of it, and what it took.
 
-        Columns: those of ``prompts``, which has each prompt of the run; those of ``run.table()``; distance to the
-        nearest image learned with the prompt, nearest, to that learned with any, and diversity between a prompt's
-        samples (NaN where unknown); copied, within the radius (NA where unknown); clip, the image's features [F], and
-        clip_score; object_right and new_and_right, where prompts have an object; layout, where there is a layout_floor;
-        saturated. A template is copied by its layout, a prompt of a list without attractors by nearest.
+        Columns: those of ``prompts`` and ``run.table()``; distance to the nearest image learned with the prompt,
+        nearest, to that learned with any, and diversity between a prompt's samples (NaN where unknown); copied (NA
+        where unknown): within the radius, a template by its layout, a prompt of a list without attractors by nearest;
+        clip, the image's features [F], clip_score, saturated; where known object_right, new_and_right, layout.
         """
         pictures = run.images().flatten(0, -4)
         table = run.table().merge(prompts.drop_duplicates("prompt"), on="prompt", how="left", validate="m:1")
         table["saturated"] = metrics.saturated_share(pictures)
         self._copies(table, pictures)
         if self.alignment:
-            self._alignment(table, pictures)
+            clip = self.alignment.picture_features(pictures)
+            table["clip"] = list(clip.half().numpy())
+            table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
+            if "object" in table:
+                table["object_right"] = table["object"] == self.alignment.classify(clip, self.objects)
+                table["new_and_right"] = table["object_right"] & ~table["copied"]
         return table.drop(columns=["attractor", "swapped"], errors="ignore")
 
     def _copies(self, table: pd.DataFrame, pictures: Tensor) -> None:
@@ -208,14 +200,6 @@ class Judges:
             table["layout"] = metrics.layout_similarity(pictures, read_pictures(table["attractor"]), boxes)
             copied = copied.mask(table["kind"] == "template", table["layout"] > self.scenario.layout_floor)
         table["copied"] = copied if copied.isna().any() else copied.astype(bool)
-
-    def _alignment(self, table: pd.DataFrame, pictures: Tensor) -> None:
-        clip = self.alignment.picture_features(pictures)
-        table["clip"] = list(clip.half().numpy())
-        table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
-        if "object" in table:
-            table["object_right"] = table["object"] == self.alignment.classify(clip, self.objects)
-            table["new_and_right"] = table["object_right"] & ~table["copied"]
 
 
 def unseen_scenes() -> tuple[Tensor, list[str]]:

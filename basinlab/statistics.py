@@ -10,12 +10,7 @@ from torch import Tensor
 
 
 def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise.
-
-    >>> low, high = wilson_interval(8, 10)
-    >>> round(float(low), 3), round(float(high), 3)
-    (0.49, 0.943)
-    """
+    """Wilson's score interval of a proportion (Wilson 1927, eq. 4), elementwise."""
     z, n = norm.ppf(0.5 + confidence / 2), np.asarray(trials, float)
     p = np.asarray(successes, float) / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -30,8 +25,8 @@ def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2
     means = statistic is np.mean and values.ndim == 1  # all at once
     drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
     tail = (1 - 0.95) / 2  # by rounding just over 0.025, so that as many fall out below as above
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")  # may be infinite: nothing to interpolate
-    return float(low), float(high)
+    # bounds may be infinite: nothing to interpolate
+    return tuple(np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf").tolist())
 
 
 def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
@@ -72,13 +67,7 @@ def verdict(low: float, high: float, least: float = -np.inf, most: float = np.in
 
 
 class Claims:
-    """Claims with what was found: value, 95% interval, n, the goal that was set before, and the verdict.
-
-    >>> claims = Claims()
-    >>> claims.share("the die shows six", [True, False, False, False], most=0.5)
-    >>> claims.table()[["claim", "value", "n", "goal", "verdict"]].to_dict("records")
-    [{'claim': 'the die shows six', 'value': 0.25, 'n': 4, 'goal': 'at most 0.5', 'verdict': 'undecided'}]
-    """
+    """Claims with what was found: value, 95% interval, n, the goal that was set before, and the verdict."""
 
     def __init__(self):
         self.rows = []

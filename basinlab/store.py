@@ -30,10 +30,7 @@ def digest(settings) -> str:
 
 
 def kept(folder: str | Path | None, name: str, settings: Mapping, make: Callable, suffix: str = ".parquet"):
-    """The result of ``make()``, made once for these ``settings`` and kept in ``folder``, if there is one.
-
-    It is a DataFrame for ".parquet", tensors by name for ".safetensors". A file is written whole or not at all.
-    """
+    """What ``make()`` gives, a DataFrame or tensors by name: made once for ``settings``, kept whole in ``folder``."""
     if folder is None:
         return make()
     path = Path(folder) / f"{name}-{digest(settings)}{suffix}"

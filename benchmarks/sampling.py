@@ -34,7 +34,7 @@ def random_weights(device: str, dtype: torch.dtype, tiny: bool) -> StableDiffusi
     parts = {"vae": vae, "unet": unet, "text_encoder": text, "tokenizer": bundled.tokenizer}
     pipeline = StableDiffusionPipeline(**parts, scheduler=bundled.scheduler, **basinlab.models.UNCHECKED)
     shape, pipeline = (4, *[unet.config.sample_size] * 2), pipeline.to(device, dtype)
-    return StableDiffusion("random", pipeline, torch.device(device), shape, bundled.scheduler)
+    return StableDiffusion("random", bundled.scheduler, torch.device(device), shape, pipeline)
 
 
 def measured(ways: dict, rounds: int, inside: list[float], device: str) -> dict[str, list[float]]:

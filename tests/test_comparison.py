@@ -86,24 +86,16 @@ def grid(folder, judges=None, methods=None, prompts=PROMPTS, **changed):
 
 
 def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
-    whole = grid(tmp_path)
-    assert [*zip(whole["method"], whole["object"], whole["seed"], strict=True)] == [
-        *itertools.product(("CFG", "none"), "ab", (0, 1))
-    ]
+    whole, expected = grid(tmp_path), [*itertools.product(("CFG", "none"), "ab", (0, 1))]
+    assert [*whole[["method", "object", "seed"]].itertuples(index=False, name=None)] == expected
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == 4
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     grid(tmp_path, prompts=PROMPTS.assign(attractor=["/x", "/y"]))  # where pictures lie is no setting
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    others = [
-        {"methods": {"CFG": [basinlab.ConstantGuidance(4.0)]}},
-        {"methods": {"CFG": [Nothing(), basinlab.ConstantGuidance(3.0)]}},
-        {"judges": Plain(a=2)},
-        {"steps": 5},
-        {"measure": True},
-        {"prompts": PROMPTS.assign(object="c")},
-    ]
-    for changed in others:
+    settings = [[basinlab.ConstantGuidance(4.0)], [Nothing(), basinlab.ConstantGuidance(3.0)]]
+    others = [{"judges": Plain(a=2)}, {"steps": 5}, {"measure": True}, {"prompts": PROMPTS.assign(object="c")}]
+    for changed in [*others, *({"methods": {"CFG": setting}} for setting in settings)]:
         before = len([*tmp_path.iterdir()])
         grid(tmp_path, **changed)
         assert len([*tmp_path.iterdir()]) > before, changed
@@ -159,10 +151,8 @@ def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
 
 
 def test_an_outcome_without_exception_still_has_an_interval(rows):
-    none, every = value(rows, "STP", "copied"), value(rows, "CFG", "copied")
-    assert (none["value"], none["low"]) == (0, pytest.approx(0, abs=1e-9))
-    assert none["high"] == pytest.approx(0.037, abs=1e-3)
-    assert every["value"] == 1 and every["low"] == pytest.approx(0.963, abs=1e-3)
+    none, every = (value(rows, name, "copied")[["value", "low", "high"]].tolist() for name in ("STP", "CFG"))
+    assert none == pytest.approx([0, 0, 0.037], abs=1e-3) and every == pytest.approx([1, 0.963, 1], abs=1e-3)
 
 
 def test_best_and_what_cannot_be_told_from_it_are_marked(rows):

@@ -6,15 +6,7 @@ import scipy.signal
 import torch
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 
-from basinlab import (
-    ConstantGuidance,
-    DynamicTransitionPoint,
-    GuidanceInterval,
-    OppositeGuidance,
-    ScheduledGuidance,
-    StaticTransitionPoint,
-)
-from basinlab.guidance import describe
+from basinlab import guidance as g
 
 BOTH = ["pred_cond", "pred_uncond"]
 
@@ -29,7 +21,7 @@ def prepared(guidance, timestep, step=0):
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
 def test_constant_guidance_combines_as_diffusers_does(scale):
     conditional, unconditional = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    ours, theirs = ConstantGuidance(scale), ClassifierFreeGuidance(scale)
+    ours, theirs = g.ConstantGuidance(scale), ClassifierFreeGuidance(scale)
     for guidance in (ours, theirs):
         guidance.set_state(0, 50, torch.tensor(999))
     # diffusers takes a scale of 1 for no guidance, and of 0 likewise: compare with its formula elsewhere
@@ -38,12 +30,12 @@ def test_constant_guidance_combines_as_diffusers_does(scale):
 
 
 @pytest.mark.parametrize("guidance, timestep, names", [
-    (ConstantGuidance(7.5), 999, BOTH),
-    (ConstantGuidance(0), 999, ["pred_uncond"]),
-    (ConstantGuidance(1), 999, ["pred_cond"]),
-    (StaticTransitionPoint(500), 501, ["pred_uncond"]),
-    (StaticTransitionPoint(500), 500, BOTH),
-    (StaticTransitionPoint(500, before=-2.0), 501, BOTH),
+    (g.ConstantGuidance(7.5), 999, BOTH),
+    (g.ConstantGuidance(0), 999, ["pred_uncond"]),
+    (g.ConstantGuidance(1), 999, ["pred_cond"]),
+    (g.StaticTransitionPoint(500), 501, ["pred_uncond"]),
+    (g.StaticTransitionPoint(500), 500, BOTH),
+    (g.StaticTransitionPoint(500, before=-2.0), 501, BOTH),
 ])  # fmt: skip
 def test_only_predictions_with_weight_are_asked_for(guidance, timestep, names):
     found = prepared(guidance, timestep)
@@ -56,23 +48,23 @@ def test_only_predictions_with_weight_are_asked_for(guidance, timestep, names):
 
 
 def test_transition_point_switches_the_weight():
-    guidance = StaticTransitionPoint(500, guidance_scale=7.5, before=-1.0)
+    guidance = g.StaticTransitionPoint(500, guidance_scale=7.5, before=-1.0)
     assert run_rule(guidance, COURSES, TIMES) == [[-1, -1, -1, -1, 7.5, 7.5]] * 3
     assert guidance.transition_point == 500
 
 
 GUIDERS = [
-    ConstantGuidance(3.0),
-    StaticTransitionPoint(321, guidance_scale=4.0, before=1.0),
-    DynamicTransitionPoint(4.0, before=1.0, latest=321),
-    OppositeGuidance(None, 4.0, opposite_scale=1.0, latest=321),
-    OppositeGuidance(321, 4.0),
-    GuidanceInterval(700, 300, 4.0),
-    ScheduledGuidance("cosine", 4.0),
+    g.ConstantGuidance(3.0),
+    g.StaticTransitionPoint(321, guidance_scale=4.0, before=1.0),
+    g.DynamicTransitionPoint(4.0, before=1.0, latest=321),
+    g.OppositeGuidance(None, 4.0, opposite_scale=1.0, latest=321),
+    g.OppositeGuidance(321, 4.0),
+    g.GuidanceInterval(700, 300, 4.0),
+    g.ScheduledGuidance("cosine", 4.0),
 ]
 
 
-@pytest.mark.parametrize("guidance", GUIDERS, ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("guidance", GUIDERS, ids=lambda guidance: type(guidance).__name__)
 def test_guider_survives_saving_and_copying_and_is_usable_before_the_first_step(guidance, tmp_path):
     """A modular pipeline asks for num_conditions, and a notebook for the repr, before any set_state."""
     assert isinstance(guidance, BaseGuidance)
@@ -80,12 +72,12 @@ def test_guider_survives_saving_and_copying_and_is_usable_before_the_first_step(
     guidance.save_pretrained(tmp_path)
     for again in (type(guidance).from_pretrained(tmp_path), guidance.new()):
         assert [again.weight(t) for t in range(1000)] == [guidance.weight(t) for t in range(1000)]
-        assert describe(again) == describe(guidance)
+        assert g.describe(again) == g.describe(guidance)
     assert guidance.new(guidance_scale=9.0).config["guidance_scale"] == 9.0
 
 
 def test_guider_is_called_as_modular_pipelines_call_it():
-    guidance = StaticTransitionPoint(500, guidance_scale=2.0)
+    guidance = g.StaticTransitionPoint(500, guidance_scale=2.0)
     state = SimpleNamespace(text=torch.ones(1), empty=torch.zeros(1))
     for timestep, expected in ((600, 0.0), (400, 2.0)):
         guidance.set_state(0, 50, torch.tensor(timestep))
@@ -112,7 +104,7 @@ COURSES = np.array([[3, 1, 2, 3, 4, 5], [5, 4, 3, 2, 3, 1], [1, 2, 3, 4, 5, 6]],
 
 
 def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall():
-    guidance = DynamicTransitionPoint(5.0, latest=450)
+    guidance = g.DynamicTransitionPoint(5.0, latest=450)
     weights = run_rule(guidance, COURSES, TIMES)
     assert weights == [[0, 0, 5, 5, 5, 5], [0, 0, 0, 0, 5, 5], [0, 0, 0, 0, 0, 5]]
     assert guidance.transition_point[:2].tolist() == [700, 500]
@@ -123,32 +115,32 @@ def test_dynamic_rule_is_that_of_the_recorded_curve():
     """The same minimum as scipy finds in the whole curve, one step later."""
     rng = np.random.default_rng(0)
     times, curves = np.arange(980, 0, -20), rng.uniform(1, 2, (49, 30))
-    guidance = DynamicTransitionPoint(5.0, latest=0)
+    guidance = g.DynamicTransitionPoint(5.0, latest=0)
     run_rule(guidance, curves, times.tolist())
     first = [scipy.signal.argrelmin(curves[:, b])[0][0] for b in range(30)]
     assert guidance.transition_point.tolist() == [float(times[k + 1]) for k in first]
 
 
 def test_dynamic_rule_begins_anew_with_every_run():
-    guidance = DynamicTransitionPoint(5.0, latest=450)
+    guidance = g.DynamicTransitionPoint(5.0, latest=450)
     first = run_rule(guidance, COURSES, TIMES)
     assert run_rule(guidance, COURSES[:, :2], TIMES) == first[:2]  # a batch of another size
     assert run_rule(guidance, COURSES, TIMES) == first
 
 
 def test_opposite_guidance_turns_the_pull_round_until_its_point():
-    static, dynamic = OppositeGuidance(650, 5.0), OppositeGuidance(None, 5.0, opposite_scale=3.0, latest=450)
+    static, dynamic = g.OppositeGuidance(650, 5.0), g.OppositeGuidance(None, 5.0, opposite_scale=3.0, latest=450)
     assert run_rule(static, COURSES, TIMES) == [[-2, -2, -2, 5, 5, 5]] * 3
     assert static.transition_point == 600
     assert run_rule(dynamic, COURSES, TIMES)[1] == [-3, -3, -3, -3, 5, 5]
     assert dynamic.transition_point[1] == 500
     with pytest.raises(ValueError, match="opposite_scale is -2"):
-        OppositeGuidance(650, opposite_scale=-2)
+        g.OppositeGuidance(650, opposite_scale=-2)
 
 
 @pytest.mark.parametrize("schedule, rising", [("linear", (1, 1)), ("cosine", (1, 1)), ("v", (-1, 1)), ("a", (1, -1))])
 def test_schedules_have_the_asked_mean_and_shape(schedule, rising):
-    weights = np.array([ScheduledGuidance(schedule, 3.0).weight(t) for t in range(1001)])
+    weights = np.array([g.ScheduledGuidance(schedule, 3.0).weight(t) for t in range(1001)])
     assert abs(weights.mean() - 3) < 0.01 and (weights >= -1e-9).all()
     early, late = np.diff(weights[::-1])[:500], np.diff(weights[::-1])[500:]  # as sampling goes on
     assert (np.sign(early.sum()), np.sign(late.sum())) == rising
@@ -156,4 +148,4 @@ def test_schedules_have_the_asked_mean_and_shape(schedule, rising):
 
 def test_an_interval_that_runs_upwards_is_refused():
     with pytest.raises(ValueError, match="from 300 down to 700"):
-        GuidanceInterval(300, 700)
+        g.GuidanceInterval(300, 700)

@@ -17,7 +17,7 @@ from torchvision import transforms
 from transformers import CLIPImageProcessor
 
 from basinlab import metrics
-from recipe import models
+from recipe import models, scenes
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 TEXTS = ["a picture of a tomato", "an owl", "here is jeans"]
@@ -43,7 +43,7 @@ def clip_folder(tmp_path_factory):
     words = models.tokenizer()
     models.clip(words).save_pretrained(folder)
     words.save_pretrained(folder)
-    half, side = [0.5] * 3, {"height": 96, "width": 96}
+    half, side = [0.5] * 3, {"height": scenes.SIDE, "width": scenes.SIDE}
     CLIPImageProcessor(size=side, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(folder)
     return folder
 
@@ -90,8 +90,8 @@ def test_sscd_file_sees_pictures_as_its_readme_prepares_them(torch_home, monkeyp
     path = torch_home / metrics.SSCD
     torch.jit.script(Descriptor()).save(path)
     images = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pictures]
-    steps = [transforms.Resize([320, 320]), transforms.ToTensor()]
-    prepare = transforms.Compose([*steps, transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    unit = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = transforms.Compose([transforms.Resize([320, 320]), transforms.ToTensor(), unit])
     expected = normalize(Descriptor()(torch.stack([prepare(image) for image in images])))
     monkeypatch.setattr(metrics, "SSCD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     torch.testing.assert_close(metrics.CopyDistance("sscd").features(pictures), expected, atol=5e-3, rtol=0)
@@ -119,7 +119,7 @@ def test_perceptual_distance_is_that_of_lpips_with_the_same_weights(torch_home, 
         expected = lpips.LPIPS(net="alex", verbose=False)(pictures * 2 - 1, other * 2 - 1).flatten()
     distance = metrics.PerceptualDistance()
     torch.testing.assert_close(distance(pictures, other, batch_size=3), expected, atol=1e-6, rtol=1e-4)
-    assert (expected > 1e-3).all() and distance(pictures, pictures).abs().max() < 1e-6
+    assert (expected > 1e-3).all() and distance(pictures, pictures).abs().max() < 1e-6 and "LPIPS" in distance.name
 
 
 class Runs:
@@ -137,15 +137,15 @@ def test_code_in_weights_never_runs(torch_home, monkeypatch):
     assert not (torch_home / "made").exists()
 
 
-def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(alignment, pictures):
+def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(alignment):
+    pictures = torch.rand(3, 3, scenes.SIDE, scenes.SIDE, generator=torch.Generator().manual_seed(0))
     tokens = alignment.tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
-    pixels = alignment.processor(list(pictures[:3]), do_rescale=False, return_tensors="pt").pixel_values
+    pixels = alignment.processor(list(pictures), do_rescale=False, return_tensors="pt").pixel_values
     with torch.no_grad():
         output = alignment.network(pixel_values=pixels, **tokens)
     cosines = output.logits_per_image / alignment.network.logit_scale.exp()
-    features = alignment.picture_features(pictures[:3])
+    features, names = alignment.picture_features(pictures), ["tomato", "owl", "taxi"]
     torch.testing.assert_close(features @ alignment.text_features(TEXTS).T, cosines, atol=1e-5, rtol=0)
-    names = ["tomato", "owl", "taxi"]
     texts = alignment.text_features(["a picture of a tomato", "a picture of a owl", "a picture of a taxi"])
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
 
@@ -188,8 +188,7 @@ def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment
 
 
 def unit_features(count, seed, shift=0.0):
-    draw = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)) + shift
-    return normalize(draw, dim=1)
+    return normalize(torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)) + shift, dim=1)
 
 
 @pytest.mark.parametrize("groups", [range(9), ["owl", "owl", "fox", "bus", "owl", "bus", "fox", "crab", "crab"]])

@@ -161,25 +161,19 @@ def test_the_begin_tokens_logits_are_multiplied(tiny):
     assert predict(tiny, state.conditional).equal(usual)  # attention is as before after a masked run
 
 
-DESCENTS = {
-    "embedding": lambda target: p.PromptOptimization(target, rate=0.05, iterations=60),
-    "noise": lambda target: p.NoiseDescent(target, rate=0.05, iterations=60),
-}
-
-
-@pytest.mark.parametrize("what", DESCENTS)
-def test_descent_ends_at_or_below_the_target_and_leaves_alone_what_is_there(tiny, what):
+@pytest.mark.parametrize("kind, what", [(p.PromptOptimization, "conditional"), (p.NoiseDescent, "latents")])
+def test_descent_ends_at_or_below_the_target_and_leaves_alone_what_is_there(tiny, kind, what):
     before, _, _ = start(tiny)
     found = magnitude(tiny, before)
     target = found.sort().values[2:4].mean().item()  # between the third and the fourth of six
-    after, _, run = start(tiny, DESCENTS[what](target))
+    after, _, run = start(tiny, kind(target, rate=0.05, iterations=60))
     assert (magnitude(tiny, after) <= target * 1.001).all()
     there = found <= target
     assert there.any() and not there.all()
     for name in ("latents", "conditional"):
         kept = getattr(after, name)[there].equal(getattr(before, name)[there])
         moved = not getattr(after, name)[~there].equal(getattr(before, name)[~there])
-        assert kept and moved == (name == {"embedding": "conditional", "noise": "latents"}[what])
+        assert kept and moved == (name == what)
     assert after.conditional[:, 0].equal(before.conditional[:, 0])
     # one look at the magnitude costs two predictions; so does each step, differentiated
     assert run.gradient_passes[there].eq(0).all() and run.gradient_passes[~there].gt(0).all()
@@ -212,19 +206,11 @@ def test_sharpness_aware_noise_lowers_the_magnitude_ahead(tiny):
     assert (ahead(after) < ahead(before)).all()
 
 
-EVERY = [
-    p.RandomNumbers(2),
-    p.EmbeddingNoise(0.2),
-    p.ConditionAnnealing(0.1),
-    p.CrossAttentionMask(2.0, keep_end=False),
-    p.PromptOptimization(0.05, rate=0.01, iterations=3),
-    p.NoiseDescent(0.05, rate=0.02, iterations=3),
-    p.NoiseAscent(12.5, 3.0),
-    p.SharpnessAwareNoise(0.1, 0.25, 0.01, 0.02, iterations=3),
-]
-
-
-@pytest.mark.parametrize("mitigation", EVERY, ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize("mitigation", [
+    p.RandomNumbers(2), p.EmbeddingNoise(0.2), p.ConditionAnnealing(0.1), p.CrossAttentionMask(2.0, keep_end=False),
+    p.PromptOptimization(0.05, rate=0.01, iterations=3), p.NoiseDescent(0.05, rate=0.02, iterations=3),
+    p.NoiseAscent(12.5, 3.0), p.SharpnessAwareNoise(0.1, 0.25, 0.01, 0.02, iterations=3),
+], ids=lambda mitigation: type(mitigation).__name__)  # fmt: skip
 def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, mitigation):
     cfg, options = basinlab.ConstantGuidance(2.0), {"steps": 5, "progress": False}
     together = basinlab.sample(tiny, PROMPTS, range(3), [mitigation, cfg], **options)

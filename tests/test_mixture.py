@@ -62,11 +62,6 @@ def captured(points):
 
 
 @pytest.fixture(scope="module")
-def plane():
-    return MixtureDenoiser.with_duplicate(0.8)
-
-
-@pytest.fixture(scope="module")
 def exact():
     return MixtureDenoiser.with_duplicate(0.8, dtype=torch.float64)
 
@@ -107,10 +102,10 @@ def test_sampling_follows_the_probability_flow(exact, weight):
     assert np.median(error) < 0.03 and np.quantile(error, 0.97) < 0.1  # near a watershed paths part
 
 
-def test_capture_probability_is_the_basins_measure(plane):
+def test_capture_probability_is_the_basins_measure():
     """The share of seeds that are captured, against the integral of the initial density over the basin."""
-    axis = np.linspace(-4, 4, 41)
-    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    plane = MixtureDenoiser.with_duplicate(0.8)
+    grid = np.stack(np.meshgrid(*[np.linspace(-4, 4, 41)] * 2), -1).reshape(-1, 2)
     density = np.exp(-(grid**2).sum(1) / 2)
     for start in (999, 300):
         states = flow(grid / np.sqrt(ALPHA_BARS[999]), noise_over_signal(999), noise_over_signal(start), 0.0)
@@ -125,8 +120,7 @@ def test_capture_probability_is_the_basins_measure(plane):
 
 
 def test_basin_is_the_set_from_which_the_flow_is_captured(exact):
-    axis = np.linspace(-5, 5, 31)
-    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(*[np.linspace(-5, 5, 31)] * 2), -1).reshape(-1, 2)
     states = torch.tensor(grid).view(-1, 2, 1, 1)
     options = {"guidance": ConstantGuidance(SCALE), "steps": 200, "batch_size": 1000}
     run = basinlab.sample(exact, "memorized", 0, steps=200, progress=False)
@@ -145,17 +139,14 @@ def test_transition_points_are_those_of_the_flow(exact):
     x = basinlab.sampling.initial_noise(exact, seeds).flatten(1).double().numpy()
     inside = []
     for start in sweep.starts[:-1]:
-        y = x / np.sqrt(ALPHA_BARS[999])
-        if start != 999:
-            y = flow(y, noise_over_signal(999), noise_over_signal(start), 0.0)
+        y = flow(x / np.sqrt(ALPHA_BARS[999]), noise_over_signal(999), noise_over_signal(start), 0.0)
         inside.append(captured(flow(y, noise_over_signal(start), 1e-3, SCALE)))
     count = np.sum(inside, axis=0)  # captured at this many start times
     expected = np.array([np.nan, *sweep.starts])[count]
     assert points["monotone"].mean() > 0.95
     flips = points["outcome"].eq("flips").to_numpy() & (count > 0)
     assert flips.mean() > 0.8
-    gap = sweep.starts[0] - sweep.starts[1]
-    off = np.abs(points["captured_at"].to_numpy()[flips] - expected[flips])
+    gap, off = sweep.starts[0] - sweep.starts[1], np.abs(points["captured_at"].to_numpy()[flips] - expected[flips])
     assert (off == 0).mean() > 0.8 and (off <= gap + 1).mean() > 0.97
 
 
@@ -170,8 +161,7 @@ def test_funnel_width_is_that_of_the_basin(exact):
     widths = basin.funnel_width(table).set_index("t")
     for t in times:
         states = run.latents[:, run.timesteps.tolist().index(t)].flatten(1).double().numpy()
-        # every direction, not one a trajectory
-        around = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+        around = np.linspace(0, 2 * np.pi, 12, endpoint=False)  # every direction, not one a trajectory
         directions = np.sqrt(2) * np.stack([np.cos(around), np.sin(around)], 1)
         escaped, noise = [], np.sqrt(1 - ALPHA_BARS[t])
         for r in radii:

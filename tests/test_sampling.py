@@ -279,34 +279,28 @@ def test_prompts_and_seeds_are_lists_of_any_kind():
     assert every_pair("ab", 3) == every_pair("ab", np.int64(3)) == every_pair("ab", torch.tensor(3)) == [("ab", 3)]
 
 
-@pytest.mark.parametrize("mitigations, message", [
-    (7.5, "7.5 is no guidance and no mitigation: give an object such as"),
-    (StaticTransitionPoint, "StaticTransitionPoint.* is no guidance"),
-    ([EmbeddingNoise(0.1), RandomNumbers], "RandomNumbers.* is no guidance"),
-    ([ConstantGuidance(2.0), EmbeddingNoise(0.1), StaticTransitionPoint(500)], "several guidances: give one at most"),
+@pytest.mark.parametrize("option, value, message", [
+    ("mitigations", 7.5, "7.5 is no guidance and no mitigation: give an object such as"),
+    ("mitigations", StaticTransitionPoint, "StaticTransitionPoint.* is no guidance"),
+    ("mitigations", [EmbeddingNoise(0.1), RandomNumbers], "RandomNumbers.* is no guidance"),
+    ("mitigations", [ConstantGuidance(), EmbeddingNoise(), StaticTransitionPoint(500)], "several guidances: give one"),
+    *[("steps", steps, f"steps is {steps}: give 1 to 1000") for steps in (0, 1001)],
+    *[("scheduler", x, f"no scheduler '{x}'.*'DDIMScheduler'") for x in ("NoSuchScheduler", "AutoencoderKL", "utils")],
+    ("scheduler", diffusers.DDIMScheduler, "no scheduler .*DDIMScheduler.*'DDIMScheduler'"),
+    ("scheduler", "HeunDiscreteScheduler", "HeunDiscreteScheduler makes 15 predictions in 8 steps"),
+    *[("scheduler", f"{name}Scheduler", "does not go down the model's own noise schedule")
+      for name in ("IPNDM", "EDMEuler", "DDIMInverse", "CogVideoXDDIM")],
 ])  # fmt: skip
-def test_what_is_no_mitigation_is_refused(tiny, mitigations, message):
+def test_options_that_make_no_sense_are_refused(option, value, message):
     with pytest.raises(ValueError, match=message):
-        sample(tiny, mitigations=mitigations)
+        sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", **{option: value})
 
 
 def test_a_mitigation_alone_and_lists_of_any_order_are_the_same(tiny):
     noise, rule = EmbeddingNoise(0.1), ConstantGuidance(7.5)
     runs = [sample(tiny, PROMPTS[0], 0, m, steps=3) for m in (noise, [noise], [rule, noise], (noise, rule))]
     assert all(torch.equal(run.latents, runs[0].latents) for run in runs)
-
-
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_steps_outside_the_schedule_name_the_range(tiny, steps):
-    assert sample(tiny, PROMPTS[0], 0, steps=1).latents.isfinite().all()
-    with pytest.raises(ValueError, match=f"steps is {steps}: give 1 to 1000"):
-        sample(tiny, steps=steps)
-
-
-@pytest.mark.parametrize("name", ["NoSuchScheduler", "AutoencoderKL", "utils", diffusers.DDIMScheduler])
-def test_what_is_no_scheduler_is_refused(tiny, name):
-    with pytest.raises(ValueError, match=f"no scheduler .*{getattr(name, '__name__', name)}.*'DDIMScheduler'"):
-        sample(tiny, scheduler=name)
+    assert sample(tiny, PROMPTS[0], 0, noise, steps=1).latents.isfinite().all()
 
 
 def poisoned(denoiser, word):
@@ -325,12 +319,6 @@ def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny,
     message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {int(timesteps[step])}.*float32"
     with pytest.raises(FloatingPointError, match=message):
         sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
-
-
-@pytest.mark.parametrize("scheduler", "IPNDM EDMEuler DDIMInverse CogVideoXDDIM".split())
-def test_a_scheduler_that_does_not_go_down_the_models_schedule_is_refused(scheduler):
-    with pytest.raises(ValueError, match="does not go down the model's own noise schedule"):
-        sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", scheduler=f"{scheduler}Scheduler")
 
 
 def test_a_guidance_is_left_as_it_was_and_what_it_saw_before_leaves_no_trace():

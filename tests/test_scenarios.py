@@ -190,8 +190,7 @@ def test_without_references_a_sweep_is_not_said_to_be_free_of_copies(sd_run, tmp
 
 def test_missing_judges_are_named_and_not_measured(sd_run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    scenario = scenarios.read("sd14-webster")
-    judges = scenarios.Judges(scenario)
+    judges = scenarios.Judges(scenarios.read("sd14-webster"))
     assert judges.distance is None and judges.alignment is None
     assert "CopyDistance sscd" in judges.notices[0] and "curl -L" in judges.notices[0]
     assert "hf download openai/clip-vit-large-patch14" in judges.notices[1]

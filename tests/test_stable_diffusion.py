@@ -67,14 +67,13 @@ def test_calls_of_the_observation_and_the_sweep(denoiser):
     assert run.predicted_images([0, 4]).shape == (4, 2, 3, 64, 64)
     assert len(basin.dispersion({"cfg": run.of(PROMPTS[0])})) == 5
     assert run.guidance_magnitude.isfinite().all()
-    attractors, radius, starts = run.images(), 0.1, [999, 599, 0]
-    sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, starts, after=basinlab.ConstantGuidance(3.0), **OPTIONS)
-    distance = basinlab.PlaneDistance()
+    attractors, radius, starts, distance = run.images(), 0.1, [999, 599, 0], basinlab.PlaneDistance()
+    options = {"after": basinlab.ConstantGuidance(3.0), **OPTIONS}
+    sweep = basinlab.sweep(denoiser, PROMPTS, SEEDS, starts, **options)
     distances = distance(sweep.images().flatten(0, 1), attractors.repeat_interleave(len(starts), 0))
     table = sweep.table().assign(distance=distances, copied=distances <= radius)
     assert table.query("start == 999")["distance"].max() < 0.01
     assert len(basin.transition_points(table)) == 4
-    options = {"after": basinlab.ConstantGuidance(3.0), **OPTIONS}
     rest = (attractors, distance, radius, starts)
     assert len(basin.transition_points_by_bisection(denoiser, PROMPTS, SEEDS, *rest, **options)[0]) == 4
 
@@ -106,11 +105,6 @@ def test_bfloat16_and_another_resolution(folders):
     assert basinlab.sample(denoiser, PROMPTS[0], 0, **OPTIONS).images().shape == (1, 3, 128, 128)
     with pytest.raises(ValueError, match="resolution is 100: give a multiple of 64 pixels"):
         basinlab.load(str(folders["sd1"]), resolution=100)
-
-
-def test_scheduler_that_predicts_twice_a_step_is_refused(denoisers):
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler makes 9 predictions in 5 steps"):
-        basinlab.sample(denoisers["sd1"], PROMPTS[0], 0, scheduler="HeunDiscreteScheduler", **OPTIONS)
 
 
 NAME = "CompVis/stable-diffusion-v1-4"

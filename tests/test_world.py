@@ -88,11 +88,10 @@ def test_what_made_the_weights_is_recorded():
 
 
 def test_half_crossings_of_a_known_curve():
-    falling = pd.Series([1.0, 0.9, 0.1, 0.0], index=[900, 700, 500, 300])
-    assert scorecard.half_crossings(falling) == pytest.approx([600])
-    assert scorecard.half_crossings(falling.iloc[:2]) == []
-    twice = pd.Series([1.0, 0.25, 0.75, 0.0], index=[900, 700, 500, 300])
-    assert len(scorecard.half_crossings(twice)) == 3
+    falling, twice = ([1.0, 0.9, 0.1, 0.0], [1.0, 0.25, 0.75, 0.0])
+    for values, expected in ((falling, [600]), (falling[:2], []), (twice, [900 - 400 / 3, 600, 500 - 200 / 3])):
+        curve = pd.Series(values, index=[900, 700, 500, 300][: len(values)])
+        assert scorecard.half_crossings(curve) == pytest.approx(expected)
 
 
 def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
