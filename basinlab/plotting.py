@@ -193,10 +193,10 @@ def intervals(table: pd.DataFrame, panel: str, hue: str | None = None, **axes) -
 
 
 def legend(figure: Figure, colours: Mapping | None = None) -> None:
-    """A line under ``figure`` that names its colours, by default those of the families of methods."""
+    """A line over ``figure`` that names its colours, by default those of the families of methods."""
     colours = colours or {family: colour for family, (colour, _) in _FAMILIES.items()}
     marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours.values()]
-    figure.legend(marks, colours, loc="outside lower center", ncols=len(marks), handletextpad=0.2, fontsize=10)
+    figure.legend(marks, colours, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
 def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: Sequence[str]) -> Figure:
