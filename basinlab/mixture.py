@@ -1,7 +1,7 @@
 """A world in the plane whose denoiser is known in closed form: what sampling finds can be checked exactly.
 
-Pictures are points (x, y); a prompt is a set of weights over Gaussian components. The noised density is again a
-Gaussian mixture, so its score, hence epsilon, is exact. One component, a very narrow one, is the duplicated picture.
+Pictures are points (x, y); a prompt weighs Gaussian components, of which a very narrow one is the duplicated picture.
+The noised density is again a mixture, so its score, hence epsilon, is exact.
 """
 
 import hashlib

@@ -230,9 +230,8 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     if not (folder / "model_index.json").exists():
         raise ValueError(f"{folder} has no model_index.json: give a folder that a pipeline's save_pretrained wrote")
     parts = json.loads((folder / "model_index.json").read_text())
-    if parts["_class_name"] not in _KINDS:
+    if (ours := _KINDS.get(parts["_class_name"])) is None:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
-    ours = _KINDS[parts["_class_name"]]
     for part in (folder / name for name in parts if name.startswith("tokenizer")):
         files = {path.name for path in part.glob("*")}
         if not (files >= {"tokenizer.json"} or files >= {"vocab.json", "merges.txt"}):  # all prompts would embed alike

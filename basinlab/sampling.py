@@ -199,8 +199,7 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         state.latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
         if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
             which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
-            cure = f"(t = {int(t)}): use float32, a smaller guidance scale or more steps"
-            raise FloatingPointError(f"latents of {which} {cure}")
+            raise FloatingPointError(f"latents of {which} (t = {int(t)}): use float32, a smaller scale or more steps")
         conditional, unconditional = (predictions.get(name, torch.nan) for name in BOTH)
         yield clean, (conditional - unconditional).flatten(1).float().norm(dim=1).cpu()
 
