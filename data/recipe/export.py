@@ -60,10 +60,7 @@ def publish(work: Path, out: Path) -> None:
     config = part / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     words.backend_tokenizer.model.save(str(part / "tokenizer"))  # the two files that older readers look for
-    for path in part.glob("*/config.json"):  # where the weights lay while they were made is nobody's concern
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    without_paths(part)
     for name in ("attractors", "swapped"):
         (part / name).mkdir()
     write_memorized(part / "memorized.csv", scenes.verbatim())
@@ -135,6 +132,14 @@ def unpack(out: Path, work: Path) -> None:
         for path in logs:
             shutil.copyfile(path, work / stage / path.name.removeprefix(f"{stage}-"))
         (work / stage / "made.json").write_text(json.dumps(note, indent=1))
+
+
+def without_paths(folder: Path) -> None:
+    """Take from the configurations below ``folder`` where the weights lay while they were made."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def fresh(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextModel
 
-from . import train
+from . import export, train
 
 DATA = Path(__file__).resolve().parents[1]
 WORK, NEXT = DATA.parent / "build" / "world", DATA / "next"
@@ -32,6 +32,7 @@ def save(work: Path = WORK, out: Path = NEXT) -> None:
     for part, module in zip(PARTS, (stage.module["unet"], stage.module["text"]), strict=True):
         module.half().save_pretrained(out / part)
     AutoencoderKL.from_pretrained(work / "vae" / "model").half().save_pretrained(out / "vae")
+    export.without_paths(out)
     for name in ("vae", "unet"):
         shutil.copyfile(work / name / "losses.csv", out / f"{name}-losses.csv")
     reached = {key: state[key] for key in ("step", "seconds", "batch", "start")}
