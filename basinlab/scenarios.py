@@ -80,7 +80,8 @@ class Scenario:
         try:
             return load(model, unet=self.unet and self.here / self.unet, resolution=self.resolution, **options)
         except (ValueError, OSError) as error:
-            raise type(error)(f"{error} (weights of {self.name}: {self.weights_url or 'bundled'})") from error
+            where = f" (weights of {self.name}: {self.weights_url})" if self.weights_url else ""
+            raise type(error)(f"{error}{where}") from error
 
     def table(self, group: str = "memorized") -> pd.DataFrame:
         """The prompts of ``group``, a row each, or a row for each reference image, with what the list says of them."""
