@@ -1,4 +1,4 @@
-"""Every picture of the notebooks. A plot takes a table or a run, computes nothing, and returns a Figure.
+"""Every picture of the notebooks. A plot takes a table or tensors and returns a Figure.
 
 ``dots`` and ``intervals`` draw nearly all tables, from the columns value, low and high. The same thing has the same
 colour everywhere (``COLOURS``, seaborn's colour-blind safe palette). ``save`` writes PNG, PDF and CSV, and notes in
@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -89,7 +90,8 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
 
 def _circumstances() -> dict:
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         git = "not a checkout"
     versions = {package: version(package) for package in VERSIONS}
@@ -249,8 +251,8 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
             axis.plot(*panel["centres"].T, "o", color="gray", markersize=5)
         axis.plot(*panel["attractor"], marker="x", color="black", markersize=8, markeredgewidth=2, linestyle="")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    if "paths" in panel:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    if (named := axes[0, 0].get_legend_handles_labels())[0]:  # those of paths
+        figure.legend(*named, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -273,7 +275,7 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     alt.data_transformers.disable_max_rows()
     starts = sorted(samples["start"].unique(), reverse=True)
     rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
-    labels = [f"from t = {t}: {'copy' if c else 'new'}" for t, c in zip(rows["start"], rows["copied"], strict=True)]
+    labels = [f"{f'from t = {t}' if t else 'never'}: {'copy' if c else 'new'}" for t, c in zip(rows["start"], rows["copied"], strict=True)]
     rows = rows.assign(picture=[_address(p) for p in rows["picture"]], k=rows["start"].map(starts.index), label=labels)
     choices = []
     for name in ("prompt", "seed", "before"):

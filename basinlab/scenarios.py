@@ -81,7 +81,7 @@ class Scenario:
             return load(model, unet=self.unet and self.here / self.unet, resolution=self.resolution, **options)
         except (ValueError, OSError) as error:
             where = f" (weights of {self.name}: {self.weights_url})" if self.weights_url else ""
-            raise type(error)(f"{error}{where}") from error
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"{error}{where}") from error
 
     def table(self, group: str = "memorized") -> pd.DataFrame:
         """The prompts of ``group``, a row each, or a row for each reference image, with what the list says of them."""
