@@ -2,7 +2,8 @@
 
 At each step every sample has one weight w, and its prediction is eps_u + w (eps_c - eps_u). Where w is 0 for all
 samples only the unconditional prediction is made, where it is 1 only the conditional one. A new guidance is a class
-with one method, ``weight(timestep)``; timesteps run from 999 down to 0. It can be saved, and used in modular pipelines.
+with an ``__init__`` under ``@register_to_config``, which records its settings, and one method, ``weight(timestep)``;
+timesteps run from 999 down to 0. It can be saved, and used in modular pipelines.
 """
 
 import logging

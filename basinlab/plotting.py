@@ -275,7 +275,8 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     alt.data_transformers.disable_max_rows()
     starts = sorted(samples["start"].unique(), reverse=True)
     rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
-    labels = [f"{f'from t = {t}' if t else 'never'}: {'copy' if c else 'new'}" for t, c in zip(rows["start"], rows["copied"], strict=True)]
+    when = rows["start"].map(lambda t: f"from t = {t}" if t else "never")
+    labels = when + rows["copied"].map({True: ": copy", False: ": new"})
     rows = rows.assign(picture=[_address(p) for p in rows["picture"]], k=rows["start"].map(starts.index), label=labels)
     choices = []
     for name in ("prompt", "seed", "before"):

@@ -70,7 +70,7 @@ class Trajectory(Samples):
     predicted: Tensor | None  # [B, S, C, H, W], clean latents predicted under guidance; None without ``record``
     guidance_magnitude: Tensor  # [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made
     transition_point: Tensor  # [B], the first timestep at which the full guidance acted; NaN for none
-    network_calls: Tensor  # [B], predictions made, those of mitigations included
+    network_calls: Tensor  # [B], predictions made: two a step under CFG; those of mitigations included
     gradient_passes: Tensor  # [B], how many of them were differentiated
     denoiser: Denoiser
 
