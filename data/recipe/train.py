@@ -140,7 +140,7 @@ class VAEStage(Stage):
 class DecoderStage(VAEStage):
     """The decoder of a finished VAE trained further, its encoder and so all latents unchanged."""
 
-    number = 7
+    number = 8
     CROPPED = 0.0
     start = "the finished VAE"
 
