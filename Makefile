@@ -2,6 +2,7 @@
 
 PY := .venv/bin/python
 INSTALLED := .venv/installed
+FITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 IS_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 FIRST_NOTEBOOK = $(firstword $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
 RECIPE_OPTIONS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(filter 1,$(SMOKE)),$(SMOKE_FOLDERS))
@@ -38,17 +39,22 @@ setup: $(INSTALLED)
 
 # The stamp is written last, so an interrupted install is done again. An environment that works is
 # kept and brought up to date; one that is half made, or made by another Python, is made anew.
-$(INSTALLED): pyproject.toml
-	@echo "setup: installing the versions of pyproject.toml into .venv (1 minute with a warm cache, else up to 10)"
-	@if ! { $(PY) $(IS_311) && $(PY) -m pip --version; } >/dev/null 2>&1; then \
-	    for python in python3.11 python3; do \
-	        if $$python $(IS_311) 2>/dev/null; then exec $$python -m venv --clear .venv; fi; \
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setup: installing into .venv (1 minute with a warm cache, else up to 10)"
+	@if ! { $(PY) $(FITS) && $(PY) -m pip --version; } >/dev/null 2>&1; then \
+	    for python in python3.11 python3 python3.14 python3.13 python3.12; do \
+	        if $$python $(FITS) 2>/dev/null; then exec $$python -m venv --clear .venv; fi; \
 	    done; \
-	    echo "setup: needs Python 3.11, and neither python3.11 nor python3 is that" \
-	        "(found: $$(python3 --version 2>&1 || true)). Install it, or use conda: conda env create" >&2; \
+	    echo "setup: needs Python 3.11 to 3.14, and found none of them" \
+	        "(python3 is $$(python3 --version 2>&1 || true)). Install one, or use conda: conda env create" >&2; \
 	    exit 1; \
 	fi
-	@$(PY) -m pip install --quiet --editable '.[dev]'
+	@if $(PY) $(IS_311); then \
+	    $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	else \
+	    echo "setup: this is not Python 3.11: newest versions in the place of those of constraints.txt"; \
+	    $(PY) -m pip install --quiet --editable '.[dev]'; \
+	fi
 	@touch $@
 
 figures: $(INSTALLED)

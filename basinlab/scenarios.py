@@ -67,6 +67,7 @@ class Scenario:
     resolution: int | None = None
     references: str | None = None  # pattern of a prompt's images, with its {index} or {row}; None: a column attractor
     copy: str = "sscd"  # name of the `metrics.CopyDistance`
+    second_copy: str | None = None  # another, whose similarity stands beside in the column sscd
     radius: float = 0.5  # up to which a sample is a copy; the field's similarity of 0.5 (Somepalli et al., CVPR 2023)
     layout_floor: float | None = None  # layout similarity from which a template is copied
     alignment: str = "openai/clip-vit-large-patch14"  # name of the `metrics.Alignment`
@@ -114,17 +115,26 @@ def read(name: str | Path) -> Scenario:
     return Scenario(name=path.stem, here=path.parent, **yaml.safe_load(path.read_text()))
 
 
+def _nearest(features: Tensor, known: dict[str, Tensor], prompts: pd.Series) -> list[float]:
+    """Distance of each image's ``features`` to the nearest of those ``known`` of its prompt; NaN without any."""
+    unknown = torch.full_like(features[:1], torch.nan)
+    return [float((1 - known.get(p, unknown) @ f).min()) for p, f in zip(prompts, features, strict=True)]
+
+
 class Judges:
     """The models that look at a scenario's images: a run or a sweep becomes one table, a row a sample.
 
-    ``distance`` and ``alignment`` are None where their weights are missing, as ``notices`` say. ``references`` are the
-    descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of the whole group memorized.
+    ``distance``, ``second`` and ``alignment`` are None where their weights are missing, as ``notices`` say.
+    ``references`` are the descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of the
+    whole group memorized.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
         self.scenario, self.notices, self.references, self.learned = scenario, [], {}, None
         self._seen = hashlib.sha256()  # of the reference images
+        self._files, self._second_references = {}, {}
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
+        self.second = scenario.second_copy and self._made(metrics.CopyDistance, scenario.second_copy)
         self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
         found = {group: self._made(scenario.table, group) for group in scenario.prompts}
         tables = {group: table for group, table in found.items() if table is not None}
@@ -133,6 +143,7 @@ class Judges:
             if self.distance and "attractor" in table:
                 known = table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]
                 for prompt, paths in known:
+                    self._files[prompt] = [*paths]
                     self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
                 if group == "memorized" and len(known):
                     self.learned = torch.cat([self.references[prompt] for prompt, _ in known])
@@ -151,7 +162,7 @@ class Judges:
 
     def settings(self) -> dict:
         """What a table depends on beside the run, for the digest of kept tables."""
-        judges = {"distance": self.distance, "alignment": self.alignment}
+        judges = {"distance": self.distance, "second": self.second, "alignment": self.alignment}
         known = {"references": self._seen.hexdigest()[:16], "objects": self.objects}
         limits = {"radius": self.scenario.radius, "layout_floor": self.scenario.layout_floor}
         return {name: judge and judge.weights for name, judge in judges.items()} | known | limits
@@ -169,11 +180,12 @@ class Judges:
         Columns: those of ``prompts`` and ``run.table()``; distance to the nearest image learned with the prompt,
         nearest, to that learned with any, and diversity between a prompt's samples (NaN where unknown); copied (NA
         where unknown): within the radius, a template by its layout, a prompt of a list without attractors by nearest;
-        clip, the image's features [F], clip_score, saturated; where known object_right, new_and_right, layout.
+        clip, the image's features [F], clip_score, saturated, sharpness; where known object_right, new_and_right,
+        layout, sscd (similarity by the second judge to the nearest image learned with the prompt).
         """
         pictures = run.images().flatten(0, -4)
         table = run.table().merge(prompts.drop_duplicates("prompt"), on="prompt", how="left", validate="m:1")
-        table["saturated"] = metrics.saturated_share(pictures)
+        table["saturated"], table["sharpness"] = metrics.saturated_share(pictures), metrics.sharpness(pictures)
         self._copies(table, pictures)
         if self.alignment:
             clip = self.alignment.picture_features(pictures)
@@ -188,12 +200,17 @@ class Judges:
         table[["distance", "nearest", "diversity"]] = np.nan
         if self.distance:
             features = self.distance.features(pictures)
-            own = [self.references.get(p, torch.full_like(features[:1], torch.nan)) for p in table["prompt"]]
-            table["distance"] = [float((1 - known @ f).min()) for known, f in zip(own, features, strict=True)]
+            table["distance"] = _nearest(features, self.references, table["prompt"])
             if self.learned is not None:
                 table["nearest"] = (1 - features @ self.learned.T).amin(dim=1)
             for rows in table.groupby([name for name in ("prompt", "start") if name in table]).indices.values():
                 table.loc[rows, "diversity"] = float(metrics.diversity(features[rows]))
+        if self.second:
+            known = self._second_references
+            for prompt in {*table["prompt"]} & self._files.keys() - known.keys():
+                features = [self.second.features(read_pictures([file])) for file in self._files[prompt]]
+                known[prompt] = torch.cat(features)
+            table["sscd"] = 1 - np.array(_nearest(self.second.features(pictures), known, table["prompt"]))
         judged = table["distance"] if "attractor" in table else table["distance"].fillna(table["nearest"])
         copied = (judged <= self.scenario.radius).astype("boolean").mask(judged.isna())
         if self.scenario.layout_floor is not None and "left" in table:
