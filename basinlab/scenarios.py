@@ -5,6 +5,7 @@ What a file does not say is left out of the tables. Its relative paths start at 
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -134,7 +135,9 @@ class Judges:
         self._seen = hashlib.sha256()  # of the reference images
         self._files, self._second_references = {}, {}
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
-        self.second = scenario.second_copy and self._made(metrics.CopyDistance, scenario.second_copy)
+        self.second = None
+        with suppress(FileNotFoundError):  # an optional package
+            self.second = scenario.second_copy and metrics.CopyDistance(scenario.second_copy)
         self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
         found = {group: self._made(scenario.table, group) for group in scenario.prompts}
         tables = {group: table for group, table in found.items() if table is not None}

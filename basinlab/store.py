@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
+import psutil
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -35,17 +37,28 @@ def kept(folder: str | Path | None, name: str, settings: Mapping, make: Callable
         return make()
     path = Path(folder) / f"{name}-{digest(settings)}{suffix}"
     if not path.exists():
-        result, part = make(), path.with_suffix(f".{os.getpid()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if suffix == ".parquet":
-                result.to_parquet(part)
-            else:
-                save_file({key: tensor.contiguous() for key, tensor in result.items()}, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        _write(make(), path)
     try:
         return pd.read_parquet(path) if suffix == ".parquet" else load_file(path)
     except Exception as error:
         raise OSError(f"{path} is damaged ({error}): delete it, and the next run makes it again") from error
+
+
+def _write(result, path: Path) -> None:
+    """Write beside ``path`` and move there, so that a kill or a full disk leaves no half file under its name."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            result.to_parquet(part)
+        else:
+            save_file({key: tensor.contiguous() for key, tensor in result.items()}, part)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}): make room or give another folder; it goes on") from error
+    finally:
+        if part.exists():
+            part.unlink()
+    for stale in path.parent.glob(f"{path.stem}.*.part"):  # of runs that were killed
+        if not psutil.pid_exists(int(stale.suffixes[-2][1:])):
+            stale.unlink(missing_ok=True)

