@@ -208,11 +208,13 @@ def test_diverged_training_says_what_to_change(tmp_path, vae_folder):
         train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path, CPU, deadline=float("inf"))
 
 
-def test_training_goes_on_on_another_machine(tmp_path, vae_folder):
+def test_training_goes_on_on_another_machine(tmp_path, vae_folder, monkeypatch):
     here, there, kept = tmp_path / "here", tmp_path / "there", tmp_path / "next"
+    models.descriptor().save_pretrained(here / "descriptor" / "model")
     shutil.copytree(vae_folder, here / "vae" / "model")
-    (here / "vae" / "made.json").write_text("{}")
-    (here / "vae" / "losses.csv").write_text("step\n")
+    for name in ("vae", "descriptor"):
+        (here / name / "made.json").write_text("{}")
+        (here / name / "losses.csv").write_text("step\n")
     train.fit(stage_called("unet", vae_folder), here / "unet", CPU, deadline=0)
     milestone.save(here, kept)
     milestone.load(kept, there)
@@ -220,6 +222,10 @@ def test_training_goes_on_on_another_machine(tmp_path, vae_folder):
     assert states[0]["step"] == states[1]["step"] == 1
     for mine, theirs in zip(*(state["average"]["shadow_params"] for state in states), strict=True):
         torch.testing.assert_close(theirs, mine, atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--work", str(there), "--stages", "vae", "descriptor"])
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it was finished"))
+    command.main()
+    monkeypatch.undo()
     assert train.fit(stage_called("unet", vae_folder), there / "unet", CPU, deadline=float("inf"))
     assert torch.load(there / "unet" / "state.pt", weights_only=True)["first"] == 1
 

@@ -111,6 +111,10 @@ def main() -> None:
             log = options.work / "unet" / "losses.csv"
             log.rename(log.with_name(f"losses-{len(list(log.parent.glob('losses*.csv')))}.csv"))
     for name in options.stages:
+        made, state = (options.work / name / file for file in ("made.json", "state.pt"))
+        if made.exists() and not state.exists() and not options.further:
+            print(f"{name}: finished before, in {options.work / name / 'model'}")  # shipped, or on another machine
+            continue
         settings = settings_for(name, options.smoke, options.steps, device.type)
         stage = build(name, settings, options.work, options.smoke, options.further)
         done = train.fit(stage, options.work / name, device, deadline, options.workers)

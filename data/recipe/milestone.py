@@ -1,8 +1,8 @@
 """Training that goes on elsewhere: ``python -m recipe.milestone save`` before a machine is left, ``load`` on the next.
 
-``save`` writes data/next: the finished VAE and the averaged weights of the unfinished U-Net and text encoder as plain
-fp16 folders, with the step and settings in training.json. ``load`` makes checkpoints of them in build/world, from which
-``make world`` goes on. The optimizer's moments are not kept; the rate warms up again instead.
+``save`` writes data/next: the finished ones of VAE, decoder, CLIP and descriptor, and the averaged weights of U-Net and
+text encoder, as plain fp16 folders, with the step and settings in training.json. ``load`` makes checkpoints of them in
+build/world, from which ``make world`` goes on. The optimizer's moments are not kept; the rate warms up again instead.
 """
 
 import json
@@ -13,13 +13,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from transformers import CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, ResNetForImageClassification
 
 from . import export, train
 
 DATA = Path(__file__).resolve().parents[1]
 WORK, NEXT = DATA.parent / "build" / "world", DATA / "next"
 PARTS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+FINISHED = {
+    "vae": AutoencoderKL,
+    "decoder": AutoencoderKL,
+    "clip": CLIPModel,
+    "descriptor": ResNetForImageClassification,
+}
 
 
 def save(work: Path = WORK, out: Path = NEXT) -> None:
@@ -31,14 +37,17 @@ def save(work: Path = WORK, out: Path = NEXT) -> None:
     average.copy_to(stage.module.parameters())
     for part, module in zip(PARTS, (stage.module["unet"], stage.module["text"]), strict=True):
         module.half().save_pretrained(out / part)
-    AutoencoderKL.from_pretrained(work / "vae" / "model").half().save_pretrained(out / "vae")
+    made = {}
+    for name, kind in FINISHED.items():
+        if (work / name / "made.json").exists():
+            kind.from_pretrained(work / name / "model").half().save_pretrained(out / name)
+            made[name] = json.loads((work / name / "made.json").read_text())
     export.without_paths(out)
-    for name in ("vae", "unet"):
+    for name in (*made, "unet"):
         shutil.copyfile(work / name / "losses.csv", out / f"{name}-losses.csv")
     reached = {key: state[key] for key in ("step", "seconds", "batch", "start")}
     reached["rate"] = train.rate_at(state["step"], train.SETTINGS["unet"])
-    made = {"vae": json.loads((work / "vae" / "made.json").read_text()), "unet": reached}
-    (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps({**made, "unet": reached}, indent=1) + "\n")
 
 
 def load(out: Path = NEXT, work: Path = WORK) -> None:
@@ -46,10 +55,11 @@ def load(out: Path = NEXT, work: Path = WORK) -> None:
     if (work / "unet" / "state.pt").exists():
         sys.exit(f"{work} already holds a checkpoint: move it away first")
     made = json.loads((out / "training.json").read_text())
-    AutoencoderKL.from_pretrained(out / "vae").float().save_pretrained(work / "vae" / "model")
-    (work / "vae" / "made.json").write_text(json.dumps(made["vae"], indent=1))
+    for name in FINISHED.keys() & made.keys():
+        FINISHED[name].from_pretrained(out / name).float().save_pretrained(work / name / "model")
+        (work / name / "made.json").write_text(json.dumps(made[name], indent=1))
     (work / "unet").mkdir(parents=True, exist_ok=True)
-    for name in ("vae", "unet"):
+    for name in made:
         shutil.copyfile(out / f"{name}-losses.csv", work / name / "losses.csv")
     settings, state = train.SETTINGS["unet"], {key: made["unet"][key] for key in ("step", "seconds", "batch", "start")}
     stage = train.UNetStage(settings, work / "vae" / "model")
