@@ -62,8 +62,11 @@ def _load(kind, name: str, device):
     folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
     if folder is None:
         raise FileNotFoundError(f"no model in {name!r} or {folders[1]}: if it is a hub id, `hf download {name}`")
+    options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with without_bars():
-        model = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        model, found = kind.from_pretrained(folder, **options)
+    if missing := sorted(found["missing_keys"]):  # would stay random
+        raise ValueError(f"{folder} lacks the weights {missing[:3]}{' and more' * (len(missing) > 3)}: fetch it again")
     return model.eval().to(device), folder
 
 

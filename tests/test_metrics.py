@@ -12,6 +12,7 @@ import torch
 import torchvision
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import pdist
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
@@ -151,6 +152,15 @@ def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(ali
     torch.testing.assert_close(features @ alignment.text_features(TEXTS).T, cosines, atol=1e-5, rtol=0)
     texts = alignment.text_features(["a picture of a tomato", "a picture of a owl", "a picture of a taxi"])
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
+
+
+def test_a_judge_without_some_of_its_weights_is_refused(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"clip lacks the weights \['visual_projection.weight'\]: fetch it again"):
+        metrics.Alignment(str(folder))
 
 
 def test_pictures_of_another_size_and_aspect_fill_clips_square(alignment):
