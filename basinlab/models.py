@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerM
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -242,9 +243,23 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        for name, module in pipeline.components.items():
+            if isinstance(module, torch.nn.Module) and (missing := _keys(module.state_dict()) - _held(folder / name)):
+                raise ValueError(f"{name} lacks {sorted(missing)[:3]}")  # the libraries leave these random
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
     return ours, pipeline
+
+
+def _held(folder: Path) -> set[str]:
+    """The tensors' names in the safetensors of ``folder``."""
+    return _keys([key for path in folder.glob("*.safetensors") for key in safe_open(path, "pt").keys()])  # noqa: SIM118
+
+
+def _keys(names: Iterable[str]) -> set[str]:
+    """``names`` as the libraries have them now."""
+    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0.", "text_model.": ""}
+    return {reduce(lambda name, change: name.replace(*change), old.items(), name) for name in names}
 
 
 def _scheduler(pipeline: DiffusionPipeline, folder: Path) -> SchedulerMixin:
@@ -292,7 +307,7 @@ def _latent_shape(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[
 def _reading(folder: Path):  # says of a damaged file where it is, and what helps
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:  # the third: some are missing
         cure = "restore it with `git checkout -- data`" if data_folder() in folder.parents else "fetch or save it again"
         pickles = " (a pickle, *.bin, may hold code and is not read)" if any(folder.rglob("*.bin")) else ""
         raise OSError(f"a file in {folder} is missing, truncated or corrupt ({error}){pickles}: {cure}") from error

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 import basinlab
@@ -69,13 +69,17 @@ WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("what", ["cut", "gone", "a pickle"])
+@pytest.mark.parametrize("what", ["cut", "gone", "a pickle", "a tensor gone"])
 def test_weights_that_cannot_be_read_name_the_folder(world, weights, what):
     path = world / f"{weights}.safetensors"
     if what == "cut":
         path.write_bytes(path.read_bytes()[:5000])
     elif what == "gone":
         path.unlink()
+    elif what == "a tensor gone":
+        tensors = load_file(path)
+        del tensors[min(tensors)]
+        save_file(tensors, path, {"format": "pt"})
     else:
         path.rename(path.with_suffix(".bin"))
     also = "is not read" if what == "a pickle" else ""
