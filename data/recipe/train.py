@@ -42,7 +42,7 @@ class Settings:
 
 SETTINGS = {
     "vae": Settings(steps=8000, batch=8, rate=1.5e-3),
-    "decoder": Settings(steps=8000, batch=8, rate=5e-4),
+    "decoder": Settings(steps=5000, batch=8, rate=5e-4),
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=33000, batch=32, rate=5e-4, decay=0.64, average=0.999),
@@ -161,7 +161,7 @@ class CLIPStage(Stage):
     Odd steps take every object once; even steps take half of them twice, on two colours that the
     captions name, so that the background has to be read too. A quarter of the captions are
     title-like or template-like, so that the object is found in any sentence; none of the
-    duplicated scenes is used.
+    duplicated scenes is used. Pictures are smeared by chance, as those of a decoder are.
     """
 
     number = 2
@@ -194,7 +194,9 @@ class CLIPStage(Stage):
         return scenes.ordinary_caption(rng, scene)
 
     def loss(self, batch, generator):
-        output = self.module(batch["input_ids"], batch["pixels"], batch["attention_mask"], return_loss=True)
+        share = -0.5 + 1.7 * torch.rand(len(batch["pixels"]), 1, 1, 1, generator=generator)
+        pixels = smeared(batch["pixels"], share.to(batch["pixels"].device))
+        output = self.module(batch["input_ids"], pixels, batch["attention_mask"], return_loss=True)
         return {"contrastive": output.loss.float()}
 
 
@@ -238,6 +240,12 @@ class DescriptorStage(Stage):
         return {"contrastive": contrastive, "entropy": -0.5 * nearest.log().mean()}
 
 
+def smeared(pixels: Tensor, share: Tensor) -> Tensor:
+    """Pictures blurred over 5 x 5 pixels by ``share`` [B, 1, 1, 1]; sharpened where that is below 0."""
+    once = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
+    return torch.lerp(pixels, F.avg_pool2d(once, 3, 1, 1, count_include_pad=False), share)
+
+
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """What a copy may have suffered, per picture: [B, 3, H, W] in -1..1.
 
@@ -255,8 +263,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)
     out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.avg_pool2d(F.avg_pool2d(out, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False)
-    out = torch.lerp(out, blurred, uniform(-1, 1.2, 1, 1, 1))  # below 0: sharpened
+    out = smeared(out, uniform(-1, 1.2, 1, 1, 1))
     out = out * uniform(0.8, 1.4, 1, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
     out = out + uniform(0, 0.1, 1, 1, 1) * torch.randn(pixels.shape, generator=generator).to(device)
     row, column = uniform(-1, 1, 1, 1), uniform(-1, 1, 1, 1)
