@@ -18,7 +18,7 @@ _HOMES = {
     "models": "Denoiser load read_pictures data_folder",
     "mixture": "MixtureDenoiser PlaneDistance",
     "guidance": "ConstantGuidance StaticTransitionPoint DynamicTransitionPoint OppositeGuidance GuidanceInterval "
-    "ScheduledGuidance",
+    "ScheduledGuidance AttractRepel Gated",
     "sampling": "Mitigation Trajectory sample sample_from",
     "forks": "Sweep sweep bisect",
 }

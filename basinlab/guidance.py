@@ -60,11 +60,11 @@ class WeightedGuidance(BaseGuidance):
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
-        return [self._prepare_batch(data, self._input_predictions.index(name), name) for name in self._needed()]
+        return [self._prepare_batch(data, name == "pred_uncond", name) for name in self._needed()]
 
     def prepare_inputs_from_block_state(self, data, input_fields: dict) -> list:
-        both = self._input_predictions
-        return [self._prepare_batch_from_block_state(input_fields, data, both.index(n), n) for n in self._needed()]
+        prepare = self._prepare_batch_from_block_state
+        return [prepare(input_fields, data, name == "pred_uncond", name) for name in self._needed()]
 
     def __call__(self, data: list) -> GuiderOutput:
         output = super().__call__(data)
@@ -74,7 +74,7 @@ class WeightedGuidance(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        return self._needed()[self._count_prepared - 1] == "pred_cond"
+        return self._needed()[self._count_prepared - 1] != "pred_uncond"
 
     @property
     def num_conditions(self) -> int:
@@ -231,3 +231,93 @@ class ScheduledGuidance(WeightedGuidance):
 
     def weight(self, timestep: int) -> float:
         return self.guidance_scale * self._shape(timestep / 1000)
+
+
+class AttractRepel(WeightedGuidance):
+    """Towards one phrasing and away from another: u + s (p - u) - r (n - u).
+
+    u is the unconditional prediction, n the prompt's, p that of another way to hear it: ``pred_positive``, the prompt
+    with the attention that `mitigations.SpikeDamping` leaves it. One call of the network makes those with a weight
+    (p: s, n: -r, u: 1 - s + r). With r = 0 it is CFG on p, with s = 0 opposite guidance, with r = s - 1 n + s (p - n),
+    re-anchoring (Chen et al., CVPR 2025). s is ``guidance_scale``, r is ``repel_scale``, which with ``fading`` falls as
+    cos(pi / 2 progress): GUARD (Zhao et al., ICML 2026), theirs 7.5 and 2, where progress is 1 - t / 1000.
+
+    >>> AttractRepel(7.5, 2.0).weight(1000), round(AttractRepel(7.5, 2.0).weight(0), 6)
+    (5.5, 7.5)
+    """
+
+    _input_predictions: ClassVar[list[str]] = ["pred_positive", "pred_cond", "pred_uncond"]
+
+    @register_to_config
+    def __init__(self, guidance_scale: float = 7.5, repel_scale: float = 2.0, fading: bool = True):
+        super().__init__()
+        self.guidance_scale, self.repel_scale, self.fading = guidance_scale, repel_scale, fading
+
+    def _repel(self, timestep: int) -> float:
+        return self.repel_scale * (math.sin(math.pi / 2 * timestep / 1000) if self.fading else 1.0)
+
+    def weight(self, timestep: int) -> float:  # of the prompt, where p is n
+        return self.guidance_scale - self._repel(timestep)
+
+    def _needed(self) -> list[str]:
+        if self._timestep is None:
+            return list(self._input_predictions)
+        s, r = self.guidance_scale, self._repel(int(self._timestep))
+        weights = (s, r, 0 if math.isclose(1 - s + r, 0, abs_tol=1e-9) else 1)
+        return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
+
+    def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
+        """The formula; a prediction with weight 0 may be None."""
+        s, r = self.guidance_scale, self._repel(int(self._timestep))
+        origin = pred_cond if pred_uncond is None else pred_uncond
+        combined = origin if s == 0 else origin + s * (pred_positive - origin)
+        if r != 0 and pred_uncond is not None:
+            combined = combined - r * (pred_cond - pred_uncond)
+        return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class Gated(WeightedGuidance):
+    """CFG, but ``remedy`` for each sample whose guidance magnitude at the first step is above ``limit``.
+
+    The magnitude is that of Wen et al. 2024, and CFG's two predictions have it, so that the gate costs nothing.
+    ``remedy`` is a `WeightedGuidance` of these two, or its description.
+
+    >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
+    -2.0
+    """
+
+    remembers = True
+
+    @register_to_config
+    def __init__(self, limit: float, remedy: WeightedGuidance | dict, guidance_scale: float = 7.5):
+        super().__init__()
+        if isinstance(remedy, dict):  # as a saved configuration has it
+            remedy = globals()[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
+        if remedy._input_predictions != self._input_predictions:
+            raise ValueError(
+                f"{type(remedy).__name__} needs other predictions than CFG: it cannot be gated for nothing"
+            )
+        self.register_to_config(remedy=describe(remedy))
+        self.limit, self.remedy, self.guidance_scale = limit, remedy, guidance_scale
+
+    def _begin(self) -> None:
+        self._fired: Tensor | None = None  # [B] bool
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        self.remedy.set_state(step, num_inference_steps, timestep)
+
+    def weight(self, timestep: int) -> float:  # of a sample that is let pass
+        return self.guidance_scale
+
+    def _needed(self) -> list[str]:
+        return list(self._input_predictions)
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
+        plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
+        if self._fired is None:
+            self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
+        fired = self._fired.view(-1, *[1] * (pred_cond.ndim - 1))
+        return GuiderOutput(
+            pred=torch.where(fired, remedied[0], plain[0]), pred_cond=pred_cond, pred_uncond=pred_uncond
+        )

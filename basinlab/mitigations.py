@@ -7,6 +7,7 @@ Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scal
 size, guidance magnitudes at T, which are norms of epsilon's differences, with sqrt(alpha_bar_T) as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .guidance import ConstantGuidance
 from .models import Denoiser
-from .sampling import Mitigation, State
+from .sampling import Mitigation, State, sample
+from .store import kept, output_folder
 
 
 def _key(mitigation: Mitigation, seed: int, *more: int) -> list[int]:
@@ -133,7 +136,7 @@ def _difference(state: State, latents: Tensor, conditional: Tensor) -> Tensor:
     """eps_c - eps_u, [B, C, H, W], at the first step."""
     t = state.scheduler.timesteps[0]
     inputs = state.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
-    both = torch.cat([conditional, state.unconditional.expand(len(latents), -1, -1)])
+    both = torch.cat([conditional, state.unconditional])
     first, second = state.denoiser(inputs, t, both).chunk(2)
     return (first - second) * state.denoiser.epsilon_scale(t)
 
@@ -256,3 +259,97 @@ class SharpnessAwareNoise(_Descent):
         here = _difference(state, latents, state.conditional)
         ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
         return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
+
+
+@dataclass(frozen=True)
+class SpikeDamping(Mitigation):
+    """Less attention to spike tokens in the prediction that `AttractRepel` goes towards: logits times ``scale``.
+
+    GUARD (Zhao et al., ICML 2026): a spike token's largest logit in a head has a z-score above ``limit``. Defaults are
+    theirs. Theirs damps only the heads that attend most to the end token, here all heads of the early blocks.
+    """
+
+    scale: float = 0.3
+    limit: float = 0.1
+
+    def begin(self, state):
+        state.spikes = state.conditional.new_tensor([[self.scale, self.limit]]).expand(len(state.seeds), -1)
+
+
+@dataclass(frozen=True)
+class Reanchoring(Mitigation):
+    """Where the guidance magnitude at T is above ``limit``: n + s (p - n), from the prompt n to another phrasing p.
+
+    PRSS (Chen et al., CVPR 2025), which is CFG with the prompt in the place of the empty one. Their limit is 3, their
+    weight grows from CFG's to this one with the magnitude. Their phrasings are a language model's; here p is the
+    prompt's words in another order: it needs no model and keeps every word, but is less of a sentence.
+    """
+
+    limit: float = 3.0
+
+    def begin(self, state):
+        above = (_norm(_difference(state, state.latents, state.conditional)) > self.limit)[:, None, None]
+        streams = [np.random.default_rng(_key(self, seed)) for seed in state.seeds]
+        texts = [" ".join(rng.permutation(text.split())) for rng, text in zip(streams, state.texts, strict=True)]
+        state.unconditional = torch.where(above, state.conditional, state.unconditional)
+        state.conditional = torch.where(above, state.denoiser.embed(texts), state.conditional)
+        state.calls = state.calls + 2
+
+    def most_predictions(self):
+        return 2
+
+
+class _Norms(Mitigation):
+    """Puts ``_seen(x, state, step, kind)`` in the place of prediction, update and latents, of kinds 0, 1 and 2."""
+
+    def predicted(self, prediction, state, step):
+        return self._seen(prediction, state, step, 0)
+
+    def stepped(self, latents, state, step):
+        update = latents - state.latents
+        changed = self._seen(update, state, step, 1)
+        same = (changed == update).flatten(1).all(dim=1).view(-1, 1, 1, 1)  # there a sum would only round
+        return self._seen(torch.where(same, latents, state.latents + changed), state, step, 2)
+
+
+class _Onlooker(_Norms):
+    def __init__(self):
+        self.norms = []
+
+    def _seen(self, x, state, step, kind):
+        self.norms.append(_norm(x).cpu())
+        return x
+
+
+def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, steps=50, scheduler=None) -> Tensor:
+    """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
+    onlooker, count = _Onlooker(), 3 * steps
+    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], steps=steps, scheduler=scheduler,
+           record=False, progress=False)  # fmt: skip
+    norms = torch.stack([torch.cat(onlooker.norms[k::count]) for k in range(count)]).unflatten(0, (steps, 3))
+    return torch.stack([norms.mean(dim=2), norms.std(dim=2)])
+
+
+@dataclass(frozen=True)
+class StabilityRegion(_Norms):
+    """Norms of prediction, update and latents kept within ``gamma`` deviations of their mean over ordinary ``prompts``.
+
+    "Broken Memories", KDD 2026 (arXiv 2605.22050). There is no published code: this is a replication from a
+    description. The norms are those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
+    """
+
+    gamma: float
+    prompts: tuple[str, ...]
+    guidance_scale: float = 7.5
+
+    def begin(self, state):
+        scale, steps, scheduler = self.guidance_scale, len(state.scheduler.timesteps), type(state.scheduler).__name__
+        settings = {"given": [self.prompts, scale, steps, scheduler], **state.denoiser.settings()}
+        given = (state.denoiser, self.prompts, ConstantGuidance(scale), steps, scheduler)
+        folder, make = output_folder() / "build" / "stability", lambda: {"norms": ordinary_norms(*given)}
+        state.norms = kept(folder, "norms", settings, make, ".safetensors")["norms"]
+
+    def _seen(self, x, state, step, kind):
+        (mean, deviation), norm = state.norms[:, step, kind].tolist(), _norm(x)
+        half = self.gamma * max(deviation, 1e-12)
+        return x * (norm.clamp(mean - half, mean + half) / norm).view(-1, 1, 1, 1)
