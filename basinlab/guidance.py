@@ -236,13 +236,12 @@ class ScheduledGuidance(WeightedGuidance):
 class AttractRepel(WeightedGuidance):
     """Towards one phrasing and away from another: u + s (p - u) - r (n - u).
 
-    u is the unconditional prediction, n the prompt's, p that of another way to hear it: ``pred_positive``, the prompt
-    with the attention that `mitigations.SpikeDamping` leaves it. One call of the network makes those with a weight
-    (p: s, n: -r, u: 1 - s + r). With r = 0 it is CFG on p, with s = 0 opposite guidance, with r = s - 1 n + s (p - n),
-    re-anchoring (Chen et al., CVPR 2025). s is ``guidance_scale``, r is ``repel_scale``, which with ``fading`` falls as
-    cos(pi / 2 progress): GUARD (Zhao et al., ICML 2026), theirs 7.5 and 2, where progress is 1 - t / 1000.
+    u is unconditional, n the prompt's, p (``pred_positive``) the prompt's with what `mitigations.SpikeDamping` leaves
+    of its attention. One call of the network makes those with a weight. With r = 0 it is CFG on p, with s = 0 opposite
+    guidance, with r = s - 1 n + s (p - n), re-anchoring. s is ``guidance_scale`` and r ``repel_scale``, if ``fading``
+    times cos(pi / 2 progress), progress 1 - t / 1000: GUARD (Zhao et al., ICML 2026), theirs 7.5 and 2.
 
-    >>> AttractRepel(7.5, 2.0).weight(1000), round(AttractRepel(7.5, 2.0).weight(0), 6)
+    >>> AttractRepel(7.5, 2.0).weight(1000), AttractRepel(7.5, 2.0).weight(0)
     (5.5, 7.5)
     """
 
@@ -260,18 +259,18 @@ class AttractRepel(WeightedGuidance):
         return self.guidance_scale - self._repel(timestep)
 
     def _needed(self) -> list[str]:
-        if self._timestep is None:
-            return list(self._input_predictions)
-        s, r = self.guidance_scale, self._repel(int(self._timestep))
-        weights = (s, r, 0 if math.isclose(1 - s + r, 0, abs_tol=1e-9) else 1)
+        weights = [1.0] * 3
+        if self._timestep is not None:
+            s, r = self.guidance_scale, self._repel(int(self._timestep))
+            weights = [s, r, not math.isclose(1 + r, s)]
         return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
 
     def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
         """The formula; a prediction with weight 0 may be None."""
         s, r = self.guidance_scale, self._repel(int(self._timestep))
         origin = pred_cond if pred_uncond is None else pred_uncond
-        combined = origin if s == 0 else origin + s * (pred_positive - origin)
-        if r != 0 and pred_uncond is not None:
+        combined = origin + s * (pred_positive - origin) if s else origin
+        if r and pred_uncond is not None:
             combined = combined - r * (pred_cond - pred_uncond)
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 

@@ -273,7 +273,8 @@ class SpikeDamping(Mitigation):
     limit: float = 0.1
 
     def begin(self, state):
-        state.spikes = state.conditional.new_tensor([[self.scale, self.limit]]).expand(len(state.seeds), -1)
+        if self.scale != 1:
+            state.spikes = state.conditional.new_tensor([[self.scale, self.limit]]).expand(len(state.seeds), -1)
 
 
 @dataclass(frozen=True)
@@ -299,39 +300,26 @@ class Reanchoring(Mitigation):
         return 2
 
 
-class _Norms(Mitigation):
-    """Puts ``_seen(x, state, step, kind)`` in the place of prediction, update and latents, of kinds 0, 1 and 2."""
-
-    def predicted(self, prediction, state, step):
-        return self._seen(prediction, state, step, 0)
-
-    def stepped(self, latents, state, step):
-        update = latents - state.latents
-        changed = self._seen(update, state, step, 1)
-        same = (changed == update).flatten(1).all(dim=1).view(-1, 1, 1, 1)  # there a sum would only round
-        return self._seen(torch.where(same, latents, state.latents + changed), state, step, 2)
-
-
-class _Onlooker(_Norms):
+class _Onlooker(Mitigation):
     def __init__(self):
-        self.norms = []
+        self.norms = []  # [B] each, of all that is settled
 
-    def _seen(self, x, state, step, kind):
+    def settle(self, x, state, step, kind):
         self.norms.append(_norm(x).cpu())
         return x
 
 
 def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, steps=50, scheduler=None) -> Tensor:
     """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
-    onlooker, count = _Onlooker(), 3 * steps
-    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], steps=steps, scheduler=scheduler,
-           record=False, progress=False)  # fmt: skip
-    norms = torch.stack([torch.cat(onlooker.norms[k::count]) for k in range(count)]).unflatten(0, (steps, 3))
+    onlooker, options = _Onlooker(), {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
+    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], **options)
+    every = [torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)]  # of all batches
+    norms = torch.stack(every).unflatten(0, (steps, 3))
     return torch.stack([norms.mean(dim=2), norms.std(dim=2)])
 
 
 @dataclass(frozen=True)
-class StabilityRegion(_Norms):
+class StabilityRegion(Mitigation):
     """Norms of prediction, update and latents kept within ``gamma`` deviations of their mean over ordinary ``prompts``.
 
     "Broken Memories", KDD 2026 (arXiv 2605.22050). There is no published code: this is a replication from a
@@ -349,7 +337,7 @@ class StabilityRegion(_Norms):
         folder, make = output_folder() / "build" / "stability", lambda: {"norms": ordinary_norms(*given)}
         state.norms = kept(folder, "norms", settings, make, ".safetensors")["norms"]
 
-    def _seen(self, x, state, step, kind):
+    def settle(self, x, state, step, kind):
         (mean, deviation), norm = state.norms[:, step, kind].tolist(), _norm(x)
         half = self.gamma * max(deviation, 1e-12)
         return x * (norm.clamp(mean - half, mean + half) / norm).view(-1, 1, 1, 1)

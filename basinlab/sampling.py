@@ -173,13 +173,9 @@ class Mitigation:
         """The embedding [B, L, E] that is used at ``timestep``."""
         return conditional
 
-    def predicted(self, prediction: Tensor, state: State, step: int) -> Tensor:
-        """The guided prediction [B, C, H, W] that the solver takes at ``step``."""
-        return prediction
-
-    def stepped(self, latents: Tensor, state: State, step: int) -> Tensor:
-        """The latents [B, C, H, W] after ``step``; ``state`` has those before."""
-        return latents
+    def settle(self, x: Tensor, state: State, step: int, kind: int) -> Tensor:
+        """What stands for ``x`` [B, C, H, W] at ``step``: the guided prediction (kind 0), the update, the latents (2)."""
+        return x
 
     def most_predictions(self) -> int:
         """At most so many predictions a sample before the first step, a differentiated one counted as three."""
@@ -204,19 +200,24 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         needed = [getattr(part, BaseGuidance._identifier_key) for part in guidance.prepare_inputs({"x": BOTH})]
         predictions = predict(state, t, [*dict.fromkeys([*(BOTH if measure else ()), *needed])])  # one network call
         prediction = guidance.forward(**{name: predictions[name] for name in needed})[0] / denoiser.epsilon_scale(t)
-        for mitigation in state.mitigations:
-            prediction = mitigation.predicted(prediction, state, step)
+        prediction = _settled(prediction, state, step, 0)
         clean = denoiser.predicted_clean(state.scheduler.scale_model_input(state.latents, t), prediction, t)
         noise = {"generator": state.generators} if takes_noise else {}
         latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
-        for mitigation in state.mitigations:
-            latents = mitigation.stepped(latents, state, step)
-        state.latents = latents
+        update = latents - state.latents
+        latents = latents + (_settled(update, state, step, 1) - update)  # exactly the same where nothing is changed
+        state.latents = _settled(latents, state, step, 2)
         if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
             which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
             raise FloatingPointError(f"latents of {which} (t = {int(t)}): use float32, a smaller scale or more steps")
         conditional, unconditional = (predictions.get(name, torch.nan) for name in BOTH)
         yield clean, (conditional - unconditional).flatten(1).float().norm(dim=1).cpu()
+
+
+def _settled(x: Tensor, state: State, step: int, kind: int) -> Tensor:
+    for mitigation in state.mitigations:
+        x = mitigation.settle(x, state, step, kind)
+    return x
 
 
 def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
