@@ -23,7 +23,7 @@ _HOMES = {
     "forks": "Sweep sweep bisect",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
-_FURTHER = "basin mitigations metrics statistics store projection plotting scenarios comparison".split()
+_FURTHER = "basin mitigations detection metrics statistics store projection plotting scenarios comparison".split()
 _MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 

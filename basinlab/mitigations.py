@@ -147,7 +147,7 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Descent(Mitigation):
-    """Gradient steps until ``_loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
+    """Gradient steps until ``loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
 
     calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
     optimizer: ClassVar[type] = torch.optim.AdamW
@@ -164,7 +164,7 @@ class _Descent(Mitigation):
             variable = start.detach().float().clone().requires_grad_()
             steps, reached = self.optimizer([variable], lr=self.rate), torch.zeros(len(start), dtype=torch.bool)
             for iteration in range(self.iterations + 1):
-                losses = self._loss(state, variable.to(start.dtype))
+                losses = self.loss(state, variable.to(start.dtype))
                 state.calls = state.calls + self.calls * ~reached
                 reached = reached | (losses.detach() <= self.target).cpu()
                 if reached.all() or iteration == self.iterations:
@@ -191,7 +191,7 @@ class PromptOptimization(_Descent):
     rate: float = 0.05
     iterations: int = 10
 
-    def _loss(self, state, tokens):
+    def loss(self, state, tokens):
         return _norm(_difference(state, state.latents, torch.cat([state.conditional[:, :1], tokens], 1)))
 
     def begin(self, state):
@@ -211,7 +211,7 @@ class NoiseDescent(_Descent):
     rate: float = 0.01
     iterations: int = 1000
 
-    def _loss(self, state, latents):
+    def loss(self, state, latents):
         return _norm(_difference(state, latents, state.conditional))
 
 
@@ -255,7 +255,7 @@ class SharpnessAwareNoise(_Descent):
     rate: float = 0.05
     iterations: int = 10
 
-    def _loss(self, state, latents):
+    def loss(self, state, latents):
         here = _difference(state, latents, state.conditional)
         ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
         return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)

@@ -174,7 +174,7 @@ class Mitigation:
         return conditional
 
     def settle(self, x: Tensor, state: State, step: int, kind: int) -> Tensor:
-        """What stands for ``x`` [B, C, H, W] at ``step``: the guided prediction (kind 0), the update, the latents (2)."""
+        """What takes the place of ``x`` at ``step``: the prediction (kind 0), the update (1) or the latents (2)."""
         return x
 
     def most_predictions(self) -> int:
