@@ -105,14 +105,11 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
-    """Every method at the setting that was best on the held-out prompts, or at its only one.
-
-    A method that tuning.csv does not have is warned of, and taken at its second setting: the authors', rescaled.
-    """
+    """Every method at the setting best on the held-out prompts, its only one or, with a warning, its second one."""
     best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
     several = {name: tried for name, tried in methods(scenario).items() if len(tried) > 1}
     if missing := [name for name in several if name not in best]:
-        warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting is taken (`make tune`)", stacklevel=2)
+        warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting, rescaled (`make tune`)", stacklevel=2)
     return {name: tried[best.get(name, 1) if name in several else 0] for name, tried in methods(scenario).items()}
 
 

@@ -1,7 +1,6 @@
 """Detectors: does a sample look memorized, before, while or after it is made? A score [B] each, larger for memorized.
 
-They read a recorded `Trajectory` under CFG from T with the model's own scheduler. Radii and weights are their authors',
-for Stable Diffusion 1.4, rescaled as `mitigations` says.
+They read a recorded `Trajectory` under CFG from T with the model's own scheduler. Constants are the authors', rescaled.
 """
 
 import numpy as np
@@ -36,10 +35,7 @@ def sharpness(run: Trajectory) -> Tensor:
 
 
 def end_attention(run: Trajectory) -> Tensor:
-    """||c - u|| at T, where the first cross-attention looks at the end token at the last step, by that map's mean.
-
-    Bright Ending (Chen et al., ICLR 2025), which takes a mean over heads as well.
-    """
+    """Bright Ending (Chen et al., ICLR 2025): ||c - u|| at T under the last step's attention to the end token."""
     unet, caught, size = run.denoiser.unet, [], run.latents.shape[-2:]
     layer = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
     hooks = [x.register_forward_hook(lambda *given: caught.append(given[2])) for x in (layer.to_q, layer.to_k)]
@@ -56,10 +52,7 @@ def end_attention(run: Trajectory) -> Tensor:
 
 
 def picture_weight(run: Trajectory) -> Tensor:
-    """w0 / sqrt(alpha_bar) of x_t = w0 x + wT x_T, by least squares, mean over the first third of the steps.
-
-    How much of the end picture is there ahead of time ("How Diffusion Models Memorize"): noised, it would be 1.
-    """
+    """w0 / sqrt(alpha_bar) of x_t = w0 x + wT x_T, a mean over the first third ("How Diffusion Models Memorize")."""
     x, early = run.recorded("latents").flatten(2), slice(1, max(2, len(run.timesteps) // 3))
     weights = torch.linalg.lstsq(x[:, [-1, 0]].mT, x[:, early].mT).solution[:, 0]
     return (weights / run.denoiser.scheduler.alphas_cumprod[run.timesteps[early].long()].sqrt()).mean(dim=1)
@@ -72,34 +65,18 @@ def stability(run: Trajectory, norms: Tensor) -> Tensor:
 
 
 def critical_scale(run: Trajectory, scales: int = 16, iterations: int = 8, within: float = 0.25) -> Tensor:
-    """The largest sigma at which denoising the picture again and again stays within ``within`` of its norm, or 0.
-
-    A basin's width ("From Modes to Memories", which bisects), in the units of the latents.
-    """
+    """The largest sigma at which denoising again and again stays near the picture, or 0 ("From Modes to Memories")."""
     denoiser, state, start = run.denoiser, _at(run, -1), _at(run, -1).latents
     found, times = start.new_zeros(len(run)), run.timesteps.flip(0)
     for t in times[np.unique(np.linspace(0, len(times) - 1, scales).round().astype(int))].tolist():
-        x, far, alpha_bar = start, torch.zeros_like(found), denoiser.alpha_bar(t)
+        x, stays, alpha_bar = start, True, denoiser.alpha_bar(t)
         for _ in range(iterations):
             state.latents = alpha_bar.sqrt() * x
             output = predict(state, t, ["pred_cond"])["pred_cond"] / denoiser.epsilon_scale(t)
             x = denoiser.predicted_clean(state.latents, output, t)
-            far = torch.maximum(far, (x - start).flatten(1).norm(dim=1))
-        stays = far <= within * start.flatten(1).norm(dim=1)
+            stays = stays & ((x - start).flatten(1).norm(dim=1) <= within * start.flatten(1).norm(dim=1))
         found = torch.where(stays, (1 / alpha_bar - 1).sqrt().to(found), found)
     return found.cpu()
-
-
-DETECTORS = {  # name -> the score, when it is known, and how many predictions it takes where a run takes S
-    "magnitude at T": (lambda run: run.guidance_magnitude[:, 0], "first step", lambda S: 2),
-    "sharpness at T": (sharpness, "first step", lambda S: 4),
-    "anisotropy": (anisotropy, "first step", lambda S: 4),
-    "magnitude over t": (lambda run: run.guidance_magnitude.mean(dim=1), "last step", lambda S: S),
-    "picture's weight": (picture_weight, "last step", lambda S: S),
-    "stability": (stability, "last step", lambda S: S),
-    "end attention": (end_attention, "last step", lambda S: S + 3),
-    "critical scale": (critical_scale, "after it", lambda S: S + 128),
-}
 
 
 def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:

@@ -29,7 +29,7 @@ class WeightedGuidance(BaseGuidance):
     """Classifier-free guidance (Ho and Salimans 2022) with a weight that depends on the timestep."""
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
-    remembers = False  # whether what it does at a step depends on the steps before
+    remembers = False  # whether what it does at a step depends on the steps before, and so takes all predictions
     transition_point: Tensor | None = None  # the first timestep at which the full guidance acts, once it is reached
 
     def weight(self, timestep: int) -> float:
@@ -55,8 +55,8 @@ class WeightedGuidance(BaseGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _needed(self) -> list[str]:
-        """Names of the predictions at this step; before the first one both, for which a pipeline has to be ready."""
-        weight = None if self._timestep is None else self.weight(int(self._timestep))
+        """Names of the predictions at this step; before the first one all, for which a pipeline has to be ready."""
+        weight = None if self._timestep is None or self.remembers else self.weight(int(self._timestep))
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
@@ -151,9 +151,6 @@ class DynamicTransitionPoint(WeightedGuidance):
     def weight(self, timestep: int) -> float:  # of a sample that shows no minimum
         return self.before if timestep > self.latest else self.guidance_scale
 
-    def _needed(self) -> list[str]:
-        return list(self._input_predictions)  # the magnitude takes both
-
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         difference, t = pred_cond - pred_uncond, int(self._timestep)
         magnitude = difference.flatten(1).float().norm(dim=1)
@@ -234,12 +231,11 @@ class ScheduledGuidance(WeightedGuidance):
 
 
 class AttractRepel(WeightedGuidance):
-    """Towards one phrasing and away from another: u + s (p - u) - r (n - u).
+    """Towards one phrasing and away from another: u + s (p - u) - r (n - u) (GUARD; Zhao et al., ICML 2026).
 
-    u is unconditional, n the prompt's, p (``pred_positive``) the prompt's with what `mitigations.SpikeDamping` leaves
-    of its attention. One call of the network makes those with a weight. With r = 0 it is CFG on p, with s = 0 opposite
-    guidance, with r = s - 1 n + s (p - n), re-anchoring. s is ``guidance_scale`` and r ``repel_scale``, if ``fading``
-    times cos(pi / 2 progress), progress 1 - t / 1000: GUARD (Zhao et al., ICML 2026), theirs 7.5 and 2.
+    u is unconditional, n the prompt's, p the prompt's with what `mitigations.SpikeDamping` leaves of its attention.
+    With r = 0 it is CFG on p, with s = 0 opposite guidance, with r = s - 1 n + s (p - n), re-anchoring. s is
+    ``guidance_scale``; r is ``repel_scale``, if ``fading`` times cos(pi / 2 progress), progress 1 - t / 1000.
 
     >>> AttractRepel(7.5, 2.0).weight(1000), AttractRepel(7.5, 2.0).weight(0)
     (5.5, 7.5)
@@ -266,7 +262,6 @@ class AttractRepel(WeightedGuidance):
         return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
 
     def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
-        """The formula; a prediction with weight 0 may be None."""
         s, r = self.guidance_scale, self._repel(int(self._timestep))
         origin = pred_cond if pred_uncond is None else pred_uncond
         combined = origin + s * (pred_positive - origin) if s else origin
@@ -276,10 +271,9 @@ class AttractRepel(WeightedGuidance):
 
 
 class Gated(WeightedGuidance):
-    """CFG, but ``remedy`` for each sample whose guidance magnitude at the first step is above ``limit``.
+    """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
 
-    The magnitude is that of Wen et al. 2024, and CFG's two predictions have it, so that the gate costs nothing.
-    ``remedy`` is a `WeightedGuidance` of these two, or its description.
+    CFG's two predictions have that magnitude (Wen et al. 2024): the gate costs nothing.
 
     >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
     -2.0
@@ -308,9 +302,6 @@ class Gated(WeightedGuidance):
 
     def weight(self, timestep: int) -> float:  # of a sample that is let pass
         return self.guidance_scale
-
-    def _needed(self) -> list[str]:
-        return list(self._input_predictions)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))

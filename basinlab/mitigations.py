@@ -263,10 +263,9 @@ class SharpnessAwareNoise(_Descent):
 
 @dataclass(frozen=True)
 class SpikeDamping(Mitigation):
-    """Less attention to spike tokens in the prediction that `AttractRepel` goes towards: logits times ``scale``.
+    """GUARD (Zhao et al., ICML 2026): logits of spike tokens times ``scale`` in what `AttractRepel` goes towards.
 
-    GUARD (Zhao et al., ICML 2026): a spike token's largest logit in a head has a z-score above ``limit``. Defaults are
-    theirs. Theirs damps only the heads that attend most to the end token, here all heads of the early blocks.
+    A spike's largest logit has a z-score above ``limit``. Defaults are theirs; they choose heads, here are all of them.
     """
 
     scale: float = 0.3
@@ -279,11 +278,10 @@ class SpikeDamping(Mitigation):
 
 @dataclass(frozen=True)
 class Reanchoring(Mitigation):
-    """Where the guidance magnitude at T is above ``limit``: n + s (p - n), from the prompt n to another phrasing p.
+    """PRSS (Chen et al., CVPR 2025): n + s (p - n), from the prompt n to another phrasing p: CFG with n for the empty.
 
-    PRSS (Chen et al., CVPR 2025), which is CFG with the prompt in the place of the empty one. Their limit is 3, their
-    weight grows from CFG's to this one with the magnitude. Their phrasings are a language model's; here p is the
-    prompt's words in another order: it needs no model and keeps every word, but is less of a sentence.
+    It acts where the magnitude at T is above ``limit``, theirs 3; their weight grows with it. Their phrasings are of a
+    language model; here p is the prompt's words in another order, which needs none but is less of a sentence.
     """
 
     limit: float = 3.0
@@ -302,7 +300,7 @@ class Reanchoring(Mitigation):
 
 class _Onlooker(Mitigation):
     def __init__(self):
-        self.norms = []  # [B] each, of all that is settled
+        self.norms = []
 
     def settle(self, x, state, step, kind):
         self.norms.append(_norm(x).cpu())
@@ -322,8 +320,8 @@ def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, st
 class StabilityRegion(Mitigation):
     """Norms of prediction, update and latents kept within ``gamma`` deviations of their mean over ordinary ``prompts``.
 
-    "Broken Memories", KDD 2026 (arXiv 2605.22050). There is no published code: this is a replication from a
-    description. The norms are those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
+    "Broken Memories", KDD 2026 (arXiv 2605.22050), has no published code: a replication from a description. Norms are
+    those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
     """
 
     gamma: float

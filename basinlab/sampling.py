@@ -200,24 +200,21 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         needed = [getattr(part, BaseGuidance._identifier_key) for part in guidance.prepare_inputs({"x": BOTH})]
         predictions = predict(state, t, [*dict.fromkeys([*(BOTH if measure else ()), *needed])])  # one network call
         prediction = guidance.forward(**{name: predictions[name] for name in needed})[0] / denoiser.epsilon_scale(t)
-        prediction = _settled(prediction, state, step, 0)
+        for mitigation in state.mitigations:
+            prediction = mitigation.settle(prediction, state, step, 0)
         clean = denoiser.predicted_clean(state.scheduler.scale_model_input(state.latents, t), prediction, t)
         noise = {"generator": state.generators} if takes_noise else {}
         latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
-        update = latents - state.latents
-        latents = latents + (_settled(update, state, step, 1) - update)  # exactly the same where nothing is changed
-        state.latents = _settled(latents, state, step, 2)
+        for mitigation in state.mitigations:
+            update = latents - state.latents
+            latents = latents + (mitigation.settle(update, state, step, 1) - update)  # exactly itself if unchanged
+            latents = mitigation.settle(latents, state, step, 2)
+        state.latents = latents
         if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
             which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
             raise FloatingPointError(f"latents of {which} (t = {int(t)}): use float32, a smaller scale or more steps")
         conditional, unconditional = (predictions.get(name, torch.nan) for name in BOTH)
         yield clean, (conditional - unconditional).flatten(1).float().norm(dim=1).cpu()
-
-
-def _settled(x: Tensor, state: State, step: int, kind: int) -> Tensor:
-    for mitigation in state.mitigations:
-        x = mitigation.settle(x, state, step, kind)
-    return x
 
 
 def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -96,8 +96,8 @@ def test_the_critical_scale_is_the_width_of_the_basin_where_that_is_known():
 
 
 def test_a_detectors_scores_do_not_depend_on_the_batch(tiny, run):
-    for name in ("sharpness at T", "anisotropy", "picture's weight", "end attention", "critical scale"):
-        score = detection.DETECTORS[name][0]
+    of = "sharpness anisotropy picture_weight end_attention critical_scale"
+    for score in (getattr(detection, name) for name in of.split()):
         torch.testing.assert_close(score(run)[2:3], score(run[2]), atol=1e-4, rtol=1e-4)
 
 
