@@ -287,9 +287,7 @@ class Gated(WeightedGuidance):
         if isinstance(remedy, dict):  # as a saved configuration has it
             remedy = globals()[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
         if remedy._input_predictions != self._input_predictions:
-            raise ValueError(
-                f"{type(remedy).__name__} needs other predictions than CFG: it cannot be gated for nothing"
-            )
+            raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
         self.register_to_config(remedy=describe(remedy))
         self.limit, self.remedy, self.guidance_scale = limit, remedy, guidance_scale
 
@@ -307,7 +305,5 @@ class Gated(WeightedGuidance):
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
         if self._fired is None:
             self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
-        fired = self._fired.view(-1, *[1] * (pred_cond.ndim - 1))
-        return GuiderOutput(
-            pred=torch.where(fired, remedied[0], plain[0]), pred_cond=pred_cond, pred_uncond=pred_uncond
-        )
+        chosen = torch.where(self._fired.view(-1, *[1] * (pred_cond.ndim - 1)), remedied[0], plain[0])
+        return GuiderOutput(pred=chosen, pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -311,9 +311,8 @@ def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, st
     """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
     onlooker, options = _Onlooker(), {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
     sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], **options)
-    every = [torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)]  # of all batches
-    norms = torch.stack(every).unflatten(0, (steps, 3))
-    return torch.stack([norms.mean(dim=2), norms.std(dim=2)])
+    norms = torch.stack([torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
+    return torch.stack([norms.mean(dim=1), norms.std(dim=1)]).unflatten(1, (steps, 3))
 
 
 @dataclass(frozen=True)
