@@ -58,8 +58,8 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     words, pushes = [(1,), (2,), (4,), (8,)], [(750, 0.5), (700, 1), (650, 1), (650, 2)]
     guards = [(0.6, s / 8), (0.3, s / 3.75), (0.3, s / 2.5), (0.1, s / 2)] if bundled else [(0.3, s / 3.75)]
     ordinary = ordinary_prompts(scenario)
-    stability = settings(m.StabilityRegion, (3, ordinary, s), [(gamma, ordinary, s) for gamma in (4, 3, 2, 1)])
     apg = [(s, None, norm, None, 0) for norm in (7.5, 3.75, 2, 1)]  # the second is the authors', rescaled
+    stability = settings(m.StabilityRegion, (3, ordinary, s), [(gamma, ordinary, s) for gamma in (4, 3, 2, 1)])
     return {
         "CFG": [[g.ConstantGuidance(s)]],
         "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
@@ -107,10 +107,10 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Every method at the setting best on the held-out prompts, its only one or, with a warning, its second one."""
     best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
-    several = {name: tried for name, tried in methods(scenario).items() if len(tried) > 1}
-    if missing := [name for name in several if name not in best]:
+    every = methods(scenario)
+    if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
         warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting, rescaled (`make tune`)", stacklevel=2)
-    return {name: tried[best.get(name, 1) if name in several else 0] for name, tried in methods(scenario).items()}
+    return {name: tried[best.get(name, 1) if len(tried) > 1 else 0] for name, tried in every.items()}
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:

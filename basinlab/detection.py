@@ -36,8 +36,8 @@ def sharpness(run: Trajectory) -> Tensor:
 
 def end_attention(run: Trajectory) -> Tensor:
     """Bright Ending (Chen et al., ICLR 2025): ||c - u|| at T under the last step's attention to the end token."""
-    unet, caught, size = run.denoiser.unet, [], run.latents.shape[-2:]
-    layer = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
+    caught, size = [], run.latents.shape[-2:]
+    layer = next(part for name, part in run.denoiser.unet.named_modules() if name.endswith("attn2"))
     hooks = [x.register_forward_hook(lambda *given: caught.append(given[2])) for x in (layer.to_q, layer.to_k)]
     predict(_at(run, -2), run.timesteps[-1], ["pred_cond"])
     for hook in hooks:

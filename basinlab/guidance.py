@@ -255,10 +255,8 @@ class AttractRepel(WeightedGuidance):
         return self.guidance_scale - self._repel(timestep)
 
     def _needed(self) -> list[str]:
-        weights = [1.0] * 3
-        if self._timestep is not None:
-            s, r = self.guidance_scale, self._repel(int(self._timestep))
-            weights = [s, r, not math.isclose(1 + r, s)]
+        s, r = self.guidance_scale, self.repel_scale if self._timestep is None else self._repel(int(self._timestep))
+        weights = (s, r, self._timestep is None or not math.isclose(1 + r, s))
         return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
 
     def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
