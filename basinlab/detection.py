@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .mitigations import SharpnessAwareNoise
 from .sampling import BOTH, State, Trajectory, begin, predict
-from .statistics import roc
+from .statistics import roc, wilson_interval
 
 
 def _at(run: Trajectory, step: int) -> State:
@@ -80,9 +80,10 @@ def critical_scale(run: Trajectory, scales: int = 16, iterations: int = 8, withi
 
 
 def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:
-    """How well column ``score`` tells ``truth``, with 95% bootstraps over prompts: value, low, high, n, prompts.
+    """How well column ``score`` tells ``truth``: AUC and the share found at 1% false positives, a row each.
 
-    A row for AUC, and one for the share found at 1% false positives. NaN where ``truth`` has one value only.
+    Columns value, low, high (95% bootstrap over prompts; where all resamples agree Wilson's, of as many prompts as the
+    rarer kind has), n samples, prompts. NaN where ``truth`` has one value only.
     """
     parts = [part[[score, truth]].to_numpy(float) for _, part in table.groupby("prompt")]
 
@@ -97,5 +98,7 @@ def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:
     value, drawn = measured(range(len(parts))), np.random.default_rng(0).integers(len(parts), size=(300, len(parts)))
     drawn = [x for x in map(measured, drawn) if np.isfinite(x).all()] or [[np.nan, np.nan]]
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    fewest = table.groupby(truth)["prompt"].nunique().min()
+    low, high = np.where(low == high, wilson_interval(np.array(value) * fewest, fewest), (low, high))
     rows = {"method": score, "measure": ["AUC", "found at 1% false"], "value": value, "low": low, "high": high}
     return pd.DataFrame(rows).assign(n=len(table), prompts=len(parts))

@@ -110,5 +110,7 @@ def test_separation_is_that_of_scikit_learn_and_of_counting():
     assert area.low < area.value < area.high and (area.n, area.prompts) == (200, 40)
     limit = table.loc[~table["truth"], "score"].sort_values().iloc[-2]  # above it lies one of 100
     assert found.value == pytest.approx((table.loc[table["truth"], "score"] > limit).mean())
+    perfect = detection.separation(table.assign(score=table["truth"] * 1.0), "score", "truth")
+    assert perfect["value"].eq(1).all() and perfect["low"].between(0.8, 0.9).all()  # 20 prompts without exception
     alone = detection.separation(table[table["truth"]], "score", "truth")
     assert alone[["value", "low", "high"]].isna().all(axis=None)
