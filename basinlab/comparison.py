@@ -106,8 +106,7 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Every method at the setting best on the held-out prompts, its only one or, with a warning, its second one."""
-    best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
-    every = methods(scenario)
+    every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
     if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
         warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting, rescaled (`make tune`)", stacklevel=2)
     return {name: tried[best.get(name, 1) if len(tried) > 1 else 0] for name, tried in every.items()}

@@ -82,8 +82,7 @@ def critical_scale(run: Trajectory, scales: int = 16, iterations: int = 8, withi
 def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:
     """How well column ``score`` tells ``truth``: AUC and the share found at 1% false positives, a row each.
 
-    Columns value, low, high (95% bootstrap over prompts; where all resamples agree Wilson's, of as many prompts as the
-    rarer kind has), n samples, prompts. NaN where ``truth`` has one value only.
+    Intervals are bootstraps over prompts, or Wilson's, of the rarer kind's prompts, where all resamples agree.
     """
     parts = [part[[score, truth]].to_numpy(float) for _, part in table.groupby("prompt")]
 

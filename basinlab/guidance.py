@@ -268,7 +268,7 @@ class AttractRepel(WeightedGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
-class Gated(WeightedGuidance):
+class Gated(ConstantGuidance):
     """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
 
     CFG's two predictions have that magnitude (Wen et al. 2024): the gate costs nothing.
@@ -281,13 +281,13 @@ class Gated(WeightedGuidance):
 
     @register_to_config
     def __init__(self, limit: float, remedy: WeightedGuidance | dict, guidance_scale: float = 7.5):
-        super().__init__()
+        super().__init__(guidance_scale)
         if isinstance(remedy, dict):  # as a saved configuration has it
             remedy = globals()[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
         if remedy._input_predictions != self._input_predictions:
             raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
         self.register_to_config(remedy=describe(remedy))
-        self.limit, self.remedy, self.guidance_scale = limit, remedy, guidance_scale
+        self.limit, self.remedy = limit, remedy
 
     def _begin(self) -> None:
         self._fired: Tensor | None = None  # [B] bool
@@ -295,9 +295,6 @@ class Gated(WeightedGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         self.remedy.set_state(step, num_inference_steps, timestep)
-
-    def weight(self, timestep: int) -> float:  # of a sample that is let pass
-        return self.guidance_scale
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
