@@ -29,8 +29,7 @@ def anisotropy(run: Trajectory) -> Tensor:
 
 def sharpness(run: Trajectory) -> Tensor:
     """The guidance magnitude at T a step of 1 ahead along the guidance, which stands for the sharpness in SAIL."""
-    state = _at(run, 0)
-    radius = (state.latents[0].numel() / 2**14) ** 0.5
+    state, radius = _at(run, 0), (run.latents[0, 0].numel() / 2**14) ** 0.5
     return SharpnessAwareNoise(radius=radius, pull=0.0).loss(state, state.latents).cpu()
 
 
