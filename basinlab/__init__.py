@@ -18,12 +18,12 @@ _HOMES = {
     "models": "Denoiser load read_pictures data_folder",
     "mixture": "MixtureDenoiser PlaneDistance",
     "guidance": "ConstantGuidance StaticTransitionPoint DynamicTransitionPoint OppositeGuidance GuidanceInterval "
-    "ScheduledGuidance",
+    "ScheduledGuidance AttractRepel Gated",
     "sampling": "Mitigation Trajectory sample sample_from",
     "forks": "Sweep sweep bisect",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
-_FURTHER = "basin mitigations metrics statistics store projection plotting scenarios comparison".split()
+_FURTHER = "basin mitigations detection metrics statistics store projection plotting scenarios comparison".split()
 _MODULES = (*_HOMES, *_FURTHER)
 __all__ = [*_WHERE, *_MODULES]
 

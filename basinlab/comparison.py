@@ -7,6 +7,7 @@ A method has a name and *settings*: each a list of mitigations that ends in a gu
 
 import argparse
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from diffusers.guiders import BaseGuidance
+from diffusers.guiders import AdaptiveProjectedGuidance, BaseGuidance, ClassifierFreeZeroStarGuidance
 from tqdm import tqdm
 
 from . import guidance as g
@@ -55,6 +56,10 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         return [[x] if isinstance(x, BaseGuidance) else [x, guidance or g.ConstantGuidance(s)] for x in made]
 
     words, pushes = [(1,), (2,), (4,), (8,)], [(750, 0.5), (700, 1), (650, 1), (650, 2)]
+    guards = [(0.6, s / 8), (0.3, s / 3.75), (0.3, s / 2.5), (0.1, s / 2)] if bundled else [(0.3, s / 3.75)]
+    ordinary = ordinary_prompts(scenario)
+    apg = [(s, None, norm, None, 0) for norm in (7.5, 3.75, 2, 1)]  # the second is the authors', rescaled
+    stability = settings(m.StabilityRegion, (3, ordinary, s), [(gamma, ordinary, s) for gamma in (4, 3, 2, 1)])
     return {
         "CFG": [[g.ConstantGuidance(s)]],
         "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
@@ -74,7 +79,23 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
         "OG + STP": settings(g.OppositeGuidance, (until, s, push), [(t, s, o) for t, o in pushes]),
         "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
+        "GUARD": [[m.SpikeDamping(scale), g.AttractRepel(s, repel)] for scale, repel in guards],
+        "PRSS": settings(m.Reanchoring, (), [(t,) for t in (0.4, 0.2, 0.1, 0.05)]),
+        **({"stability": stability} if ordinary else {}),
+        "APG": settings(AdaptiveProjectedGuidance, (s, None, 15, None, 0), apg),
+        # without zeros at first: they are for a velocity; an epsilon of 0 at T would take the noise for the picture
+        "CFG-Zero*": settings(ClassifierFreeZeroStarGuidance, (s, 0), [(s * part, 0) for part in (1, 0.6, 0.4, 0.2)]),
     }
+
+
+def ordinary_prompts(scenario: Scenario, count: int = 50) -> tuple[str, ...]:
+    """Ordinary prompts that are not compared, to measure norms and limits on; none where there is no list."""
+    try:
+        prompts = scenario.table("ordinary").drop_duplicates("prompt")
+    except (KeyError, FileNotFoundError):
+        return ()
+    compared = set(spread(prompts, PROFILES["paper"]["main"])["prompt"])
+    return tuple(prompt for prompt in prompts["prompt"] if prompt not in compared)[:count]
 
 
 def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
@@ -84,9 +105,11 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
-    """Every method at the setting that was best on the held-out prompts, or at its only one."""
-    best = best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
-    return {name: tried[best[name] if len(tried) > 1 else 0] for name, tried in methods(scenario).items()}
+    """Every method at the setting best on the held-out prompts, its only one or, with a warning, its second one."""
+    every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
+    if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
+        warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting, rescaled (`make tune`)", stacklevel=2)
+    return {name: tried[best.get(name, 1) if len(tried) > 1 else 0] for name, tried in every.items()}
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:

@@ -29,7 +29,7 @@ class WeightedGuidance(BaseGuidance):
     """Classifier-free guidance (Ho and Salimans 2022) with a weight that depends on the timestep."""
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
-    remembers = False  # whether what it does at a step depends on the steps before
+    remembers = False  # whether what it does at a step depends on the steps before, and so takes all predictions
     transition_point: Tensor | None = None  # the first timestep at which the full guidance acts, once it is reached
 
     def weight(self, timestep: int) -> float:
@@ -55,16 +55,16 @@ class WeightedGuidance(BaseGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _needed(self) -> list[str]:
-        """Names of the predictions at this step; before the first one both, for which a pipeline has to be ready."""
-        weight = None if self._timestep is None else self.weight(int(self._timestep))
+        """Names of the predictions at this step; before the first one all, for which a pipeline has to be ready."""
+        weight = None if self._timestep is None or self.remembers else self.weight(int(self._timestep))
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
-        return [self._prepare_batch(data, self._input_predictions.index(name), name) for name in self._needed()]
+        return [self._prepare_batch(data, name == "pred_uncond", name) for name in self._needed()]
 
     def prepare_inputs_from_block_state(self, data, input_fields: dict) -> list:
-        both = self._input_predictions
-        return [self._prepare_batch_from_block_state(input_fields, data, both.index(n), n) for n in self._needed()]
+        prepare = self._prepare_batch_from_block_state
+        return [prepare(input_fields, data, name == "pred_uncond", name) for name in self._needed()]
 
     def __call__(self, data: list) -> GuiderOutput:
         output = super().__call__(data)
@@ -74,7 +74,7 @@ class WeightedGuidance(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        return self._needed()[self._count_prepared - 1] == "pred_cond"
+        return self._needed()[self._count_prepared - 1] != "pred_uncond"
 
     @property
     def num_conditions(self) -> int:
@@ -150,9 +150,6 @@ class DynamicTransitionPoint(WeightedGuidance):
 
     def weight(self, timestep: int) -> float:  # of a sample that shows no minimum
         return self.before if timestep > self.latest else self.guidance_scale
-
-    def _needed(self) -> list[str]:
-        return list(self._input_predictions)  # the magnitude takes both
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         difference, t = pred_cond - pred_uncond, int(self._timestep)
@@ -231,3 +228,77 @@ class ScheduledGuidance(WeightedGuidance):
 
     def weight(self, timestep: int) -> float:
         return self.guidance_scale * self._shape(timestep / 1000)
+
+
+class AttractRepel(WeightedGuidance):
+    """Towards one phrasing and away from another: u + s (p - u) - r (n - u) (GUARD; Zhao et al., ICML 2026).
+
+    u is unconditional, n the prompt's, p the prompt's with what `mitigations.SpikeDamping` leaves of its attention.
+    With r = 0 it is CFG on p, with s = 0 opposite guidance, with r = s - 1 n + s (p - n), re-anchoring. s is
+    ``guidance_scale``; r is ``repel_scale``, if ``fading`` times cos(pi / 2 progress), progress 1 - t / 1000.
+
+    >>> AttractRepel(7.5, 2.0).weight(1000), AttractRepel(7.5, 2.0).weight(0)
+    (5.5, 7.5)
+    """
+
+    _input_predictions: ClassVar[list[str]] = ["pred_positive", "pred_cond", "pred_uncond"]
+
+    @register_to_config
+    def __init__(self, guidance_scale: float = 7.5, repel_scale: float = 2.0, fading: bool = True):
+        super().__init__()
+        self.guidance_scale, self.repel_scale, self.fading = guidance_scale, repel_scale, fading
+
+    def _repel(self, timestep: int) -> float:
+        return self.repel_scale * (math.sin(math.pi / 2 * timestep / 1000) if self.fading else 1.0)
+
+    def weight(self, timestep: int) -> float:  # of the prompt, where p is n
+        return self.guidance_scale - self._repel(timestep)
+
+    def _needed(self) -> list[str]:
+        s, r = self.guidance_scale, self.repel_scale if self._timestep is None else self._repel(int(self._timestep))
+        weights = (s, r, self._timestep is None or not math.isclose(1 + r, s))
+        return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
+
+    def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
+        s, r = self.guidance_scale, self._repel(int(self._timestep))
+        origin = pred_cond if pred_uncond is None else pred_uncond
+        combined = origin + s * (pred_positive - origin) if s else origin
+        if r and pred_uncond is not None:
+            combined = combined - r * (pred_cond - pred_uncond)
+        return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class Gated(ConstantGuidance):
+    """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
+
+    CFG's two predictions have that magnitude (Wen et al. 2024): the gate costs nothing.
+
+    >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
+    -2.0
+    """
+
+    remembers = True
+
+    @register_to_config
+    def __init__(self, limit: float, remedy: WeightedGuidance | dict, guidance_scale: float = 7.5):
+        super().__init__(guidance_scale)
+        if isinstance(remedy, dict):  # as a saved configuration has it
+            remedy = globals()[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
+        if remedy._input_predictions != self._input_predictions:
+            raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
+        self.register_to_config(remedy=describe(remedy))
+        self.limit, self.remedy = limit, remedy
+
+    def _begin(self) -> None:
+        self._fired: Tensor | None = None  # [B] bool
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        self.remedy.set_state(step, num_inference_steps, timestep)
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
+        plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
+        if self._fired is None:
+            self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
+        chosen = torch.where(self._fired.view(-1, *[1] * (pred_cond.ndim - 1)), remedied[0], plain[0])
+        return GuiderOutput(pred=chosen, pred_cond=pred_cond, pred_uncond=pred_uncond)

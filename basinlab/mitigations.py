@@ -7,6 +7,7 @@ Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scal
 size, guidance magnitudes at T, which are norms of epsilon's differences, with sqrt(alpha_bar_T) as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .guidance import ConstantGuidance
 from .models import Denoiser
-from .sampling import Mitigation, State
+from .sampling import Mitigation, State, sample
+from .store import kept, output_folder
 
 
 def _key(mitigation: Mitigation, seed: int, *more: int) -> list[int]:
@@ -133,7 +136,7 @@ def _difference(state: State, latents: Tensor, conditional: Tensor) -> Tensor:
     """eps_c - eps_u, [B, C, H, W], at the first step."""
     t = state.scheduler.timesteps[0]
     inputs = state.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
-    both = torch.cat([conditional, state.unconditional.expand(len(latents), -1, -1)])
+    both = torch.cat([conditional, state.unconditional])
     first, second = state.denoiser(inputs, t, both).chunk(2)
     return (first - second) * state.denoiser.epsilon_scale(t)
 
@@ -144,7 +147,7 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Descent(Mitigation):
-    """Gradient steps until ``_loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
+    """Gradient steps until ``loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
 
     calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
     optimizer: ClassVar[type] = torch.optim.AdamW
@@ -161,7 +164,7 @@ class _Descent(Mitigation):
             variable = start.detach().float().clone().requires_grad_()
             steps, reached = self.optimizer([variable], lr=self.rate), torch.zeros(len(start), dtype=torch.bool)
             for iteration in range(self.iterations + 1):
-                losses = self._loss(state, variable.to(start.dtype))
+                losses = self.loss(state, variable.to(start.dtype))
                 state.calls = state.calls + self.calls * ~reached
                 reached = reached | (losses.detach() <= self.target).cpu()
                 if reached.all() or iteration == self.iterations:
@@ -188,7 +191,7 @@ class PromptOptimization(_Descent):
     rate: float = 0.05
     iterations: int = 10
 
-    def _loss(self, state, tokens):
+    def loss(self, state, tokens):
         return _norm(_difference(state, state.latents, torch.cat([state.conditional[:, :1], tokens], 1)))
 
     def begin(self, state):
@@ -208,7 +211,7 @@ class NoiseDescent(_Descent):
     rate: float = 0.01
     iterations: int = 1000
 
-    def _loss(self, state, latents):
+    def loss(self, state, latents):
         return _norm(_difference(state, latents, state.conditional))
 
 
@@ -252,7 +255,86 @@ class SharpnessAwareNoise(_Descent):
     rate: float = 0.05
     iterations: int = 10
 
-    def _loss(self, state, latents):
+    def loss(self, state, latents):
         here = _difference(state, latents, state.conditional)
         ahead = latents + self.radius * here / _norm(here)[:, None, None, None]
         return _norm(_difference(state, ahead, state.conditional)) + self.pull * _norm(latents)
+
+
+@dataclass(frozen=True)
+class SpikeDamping(Mitigation):
+    """GUARD (Zhao et al., ICML 2026): logits of spike tokens times ``scale`` in what `AttractRepel` goes towards.
+
+    A spike's largest logit has a z-score above ``limit``. Defaults are theirs; they choose heads, here are all of them.
+    """
+
+    scale: float = 0.3
+    limit: float = 0.1
+
+    def begin(self, state):
+        if self.scale != 1:
+            state.spikes = state.conditional.new_tensor([[self.scale, self.limit]]).expand(len(state.seeds), -1)
+
+
+@dataclass(frozen=True)
+class Reanchoring(Mitigation):
+    """PRSS (Chen et al., CVPR 2025): n + s (p - n), from the prompt n to another phrasing p: CFG with n for the empty.
+
+    It acts where the magnitude at T is above ``limit``, theirs 3; their weight grows with it. Their phrasings are of a
+    language model; here p is the prompt's words in another order, which needs none but is less of a sentence.
+    """
+
+    limit: float = 3.0
+
+    def begin(self, state):
+        above = (_norm(_difference(state, state.latents, state.conditional)) > self.limit)[:, None, None]
+        streams = [np.random.default_rng(_key(self, seed)) for seed in state.seeds]
+        texts = [" ".join(rng.permutation(text.split())) for rng, text in zip(streams, state.texts, strict=True)]
+        state.unconditional = torch.where(above, state.conditional, state.unconditional)
+        state.conditional = torch.where(above, state.denoiser.embed(texts), state.conditional)
+        state.calls = state.calls + 2
+
+    def most_predictions(self):
+        return 2
+
+
+class _Onlooker(Mitigation):
+    def __init__(self):
+        self.norms = []
+
+    def settle(self, x, state, step, kind):
+        self.norms.append(_norm(x).cpu())
+        return x
+
+
+def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, steps=50, scheduler=None) -> Tensor:
+    """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
+    onlooker, options = _Onlooker(), {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
+    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], **options)
+    norms = torch.stack([torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
+    return torch.stack([norms.mean(dim=1), norms.std(dim=1)]).unflatten(1, (steps, 3))
+
+
+@dataclass(frozen=True)
+class StabilityRegion(Mitigation):
+    """Norms of prediction, update and latents kept within ``gamma`` deviations of their mean over ordinary ``prompts``.
+
+    "Broken Memories", KDD 2026 (arXiv 2605.22050), has no published code: a replication from a description. Norms are
+    those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
+    """
+
+    gamma: float
+    prompts: tuple[str, ...]
+    guidance_scale: float = 7.5
+
+    def begin(self, state):
+        scale, steps, scheduler = self.guidance_scale, len(state.scheduler.timesteps), type(state.scheduler).__name__
+        settings = {"given": [self.prompts, scale, steps, scheduler], **state.denoiser.settings()}
+        given = (state.denoiser, self.prompts, ConstantGuidance(scale), steps, scheduler)
+        folder, make = output_folder() / "build" / "stability", lambda: {"norms": ordinary_norms(*given)}
+        state.norms = kept(folder, "norms", settings, make, ".safetensors")["norms"]
+
+    def settle(self, x, state, step, kind):
+        (mean, deviation), norm = state.norms[:, step, kind].tolist(), _norm(x)
+        half = self.gamma * max(deviation, 1e-12)
+        return x * (norm.clamp(mean - half, mean + half) / norm).view(-1, 1, 1, 1)

@@ -83,15 +83,28 @@ class Denoiser:
 
 
 class TokenAttention:
-    """A diffusers attention processor whose cross-attention weighs tokens: logits times ``token_scale``, 0 masks."""
+    """A diffusers attention processor whose cross-attention weighs tokens: logits times ``token_scale``, 0 masks.
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *, token_scale=None, **unused):
+    ``spikes`` [B, 2] are a factor and a limit. In ``early`` blocks the factor multiplies, per head, the logits of spike
+    tokens: their largest logit over the queries has a z-score above the limit among all but the begin token's.
+    """
+
+    def __init__(self, early: bool):
+        self.early = early
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *, token_scale=None, spikes=None, **unused):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
         mask = None
-        if encoder_hidden_states is not None:
+        if encoder_hidden_states is not None and token_scale is not None:
             key, mask = key * token_scale[:, None, :, None], (token_scale != 0)[:, None, None]
+        if encoder_hidden_states is not None and spikes is not None and self.early:
+            highest = (query @ key.mT).amax(dim=2) * attn.scale  # [B, heads, L]
+            deviation, mean = torch.std_mean(highest[..., 1:], dim=2, keepdim=True)
+            found = (highest - mean) / (deviation + 1e-6) > spikes[:, None, 1:]
+            found[..., 0] = False
+            key = key * torch.where(found, spikes[:, None, :1], 1)[..., None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
@@ -131,15 +144,16 @@ class StableDiffusion(Denoiser):
             if cut := self.tokenizer.decode(ids[length - 1 : -1]):
                 warnings.warn(f"the text encoder takes {length - 2} tokens; of {prompt!r} {cut!r} is cut", stacklevel=3)
 
-    def __call__(self, latents, timestep, embedding, token_scale: Tensor | None = None) -> Tensor:
-        """The prediction [B, C, H, W], differentiable where an input is. ``token_scale`` [B, L]: `TokenAttention`."""
+    def __call__(self, latents, timestep, embedding, **attention) -> Tensor:
+        """The prediction [B, C, H, W], differentiable where an input is. ``attention`` is for `TokenAttention`."""
         inputs = self._inputs(latents, embedding)
         with ExitStack() as stack:
-            if token_scale is not None:
-                scale = token_scale[:, : inputs["encoder_hidden_states"].shape[1]]
-                inputs["cross_attention_kwargs"] = {"token_scale": scale}
-                stack.callback(self.unet.set_attn_processor, self.unet.attn_processors)
-                self.unet.set_attn_processor(TokenAttention())
+            if attention:
+                if "token_scale" in attention:
+                    attention["token_scale"] = attention["token_scale"][:, : inputs["encoder_hidden_states"].shape[1]]
+                inputs["cross_attention_kwargs"], before = attention, self.unet.attn_processors
+                stack.callback(self.unet.set_attn_processor, before)
+                self.unet.set_attn_processor({at: TokenAttention(not at.startswith("up_blocks")) for at in before})
             stack.enter_context(torch.inference_mode(not (latents.requires_grad or embedding.requires_grad)))
             return self.unet(latents, timestep, **inputs, return_dict=False)[0]
 

@@ -38,12 +38,13 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "initial noise": (_PALETTE[2], ("Han, per sample", "Han, batch-wise", "SAIL")),
     "guidance over time": (_PALETTE[1], ("interval", "schedule")),
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
+    "since the paper": (_PALETTE[6], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
 _NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 are shares of duplicates
-    0: ("memorized, no CFG", "free", "new and right", "no guidance before", 0.8),
+    0: ("memorized, no CFG", "free", "new and right", "no guidance before", "which prompt", 0.8),
     1: ("memorized, CFG late", "opposite guidance before", "dynamic", "with DTP"),
     2: ("ordinary, CFG", "object right", "static"),
-    3: ("memorized, CFG", "captured", "copied", "with OG + DTP"),
+    3: ("memorized, CFG", "captured", "copied", "with OG + DTP", "which sample"),
     4: ("ordinary, no CFG", 0.95),
     5: ("unseen scene",),
     7: ("with CFG",),

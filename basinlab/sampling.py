@@ -103,7 +103,7 @@ def _of_samples(items: Sequence, rows: Sequence[int] | None = None):
             return [values[0][i] for i in rows] if isinstance(values[0], list) else values[0][rows]
         return [x for entries in values for x in entries] if isinstance(values[0], list) else torch.cat(values)
 
-    shared = ("timesteps", "denoiser", "unconditional", "scheduler", "mitigations")  # the others have an entry a sample
+    shared = ("timesteps", "denoiser", "norms", "scheduler", "mitigations")  # the others have an entry a sample
     values = {f.name: [getattr(item, f.name) for item in items] for f in fields(items[0]) if f.name not in shared}
     return replace(items[0], **{name: changed(found) for name, found in values.items() if found[0] is not None})
 
@@ -118,13 +118,15 @@ class State:
     texts: list[str]  # which are embedded: the prompts as mitigations left them
     latents: Tensor  # [B, C, H, W]
     conditional: Tensor  # [B, L, E], the embeddings of the texts
-    unconditional: Tensor  # [1, L, E], of ""
+    unconditional: Tensor  # [B, L, E], of "", or of what a mitigation guides away from
     generators: list[torch.Generator]  # of the noise that a stochastic scheduler adds
     calls: Tensor  # [B], predictions made so far
     gradient_passes: Tensor  # [B], how many of them were differentiated
     scheduler: SchedulerMixin  # the solver with the samples' history
     mitigations: "Sequence[Mitigation]" = ()
     token_scale: Tensor | None = None  # [B, L], factors of the cross-attention's logits to each token; 0 masks it
+    spikes: Tensor | None = None  # [B, 2], factor and limit of the spike tokens' logits in ``pred_positive``
+    norms: Tensor | None = None  # [2, S, 3], mean and deviation of the norms at ordinary prompts
 
     def pick(self, rows: Sequence[int]) -> "State":
         """A copy of some of the samples, with their history."""
@@ -171,6 +173,10 @@ class Mitigation:
         """The embedding [B, L, E] that is used at ``timestep``."""
         return conditional
 
+    def settle(self, x: Tensor, state: State, step: int, kind: int) -> Tensor:
+        """What takes the place of ``x`` at ``step``: the prediction (kind 0), the update (1) or the latents (2)."""
+        return x
+
     def most_predictions(self) -> int:
         """At most so many predictions a sample before the first step, a differentiated one counted as three."""
         return 0
@@ -192,11 +198,18 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         t = timesteps[step]
         guidance.set_state(step, len(timesteps), t)
         needed = [getattr(part, BaseGuidance._identifier_key) for part in guidance.prepare_inputs({"x": BOTH})]
-        predictions = predict(state, t, BOTH if measure else needed)  # one call of the network
+        predictions = predict(state, t, [*dict.fromkeys([*(BOTH if measure else ()), *needed])])  # one network call
         prediction = guidance.forward(**{name: predictions[name] for name in needed})[0] / denoiser.epsilon_scale(t)
+        for mitigation in state.mitigations:
+            prediction = mitigation.settle(prediction, state, step, 0)
         clean = denoiser.predicted_clean(state.scheduler.scale_model_input(state.latents, t), prediction, t)
         noise = {"generator": state.generators} if takes_noise else {}
-        state.latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
+        latents = state.scheduler.step(prediction, t, state.latents, **noise, return_dict=False)[0]
+        for mitigation in state.mitigations:
+            update = latents - state.latents
+            latents = latents + (mitigation.settle(update, state, step, 1) - update)  # exactly itself if unchanged
+            latents = mitigation.settle(latents, state, step, 2)
+        state.latents = latents
         if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
             which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
             raise FloatingPointError(f"latents of {which} (t = {int(t)}): use float32, a smaller scale or more steps")
@@ -209,11 +222,14 @@ def predict(state: State, t: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     conditional = state.conditional
     for mitigation in state.mitigations:
         conditional = mitigation.condition(conditional, state, int(t))
-    embeddings = {"pred_cond": conditional, "pred_uncond": state.unconditional.expand(len(conditional), -1, -1)}
+    embeddings = {"pred_cond": conditional, "pred_uncond": state.unconditional, "pred_positive": conditional}
     attention = {}
     if state.token_scale is not None:  # a mask is for both predictions, a larger weight for the prompt's only
-        scales = {"pred_cond": state.token_scale, "pred_uncond": state.token_scale.clamp(max=1)}
-        attention = {"token_scale": torch.cat([scales[name] for name in names])}
+        scales = [state.token_scale.clamp(max=1) if name == "pred_uncond" else state.token_scale for name in names]
+        attention["token_scale"] = torch.cat(scales)
+    if state.spikes is not None and "pred_positive" in names:  # a factor of 1 changes nothing
+        spikes = [state.spikes if name == "pred_positive" else torch.ones_like(state.spikes) for name in names]
+        attention["spikes"] = torch.cat(spikes)
     inputs = state.scheduler.scale_model_input(state.latents, t).repeat(len(names), 1, 1, 1)
     outputs = state.denoiser(inputs, t, torch.cat([embeddings[name] for name in names]), **attention)
     state.calls = state.calls + len(names)
@@ -314,7 +330,8 @@ def begin(denoiser: Denoiser, pairs, steps: int, scheduler: str | None, mitigati
     if latents is None:
         latents = initial_noise(denoiser, generators) * solver.init_noise_sigma
     latents, distinct = latents.to(denoiser.device, denoiser.dtype), list(dict.fromkeys(texts))
-    embeddings = (denoiser.embed(distinct)[[distinct.index(text) for text in texts]], denoiser.embed([""]))
+    conditional = denoiser.embed(distinct)[[distinct.index(text) for text in texts]]
+    embeddings = (conditional, denoiser.embed([""]).expand_as(conditional))
     counts = torch.zeros(2, len(texts), dtype=torch.long)
     state = State(denoiser, prompts, seeds, texts, latents, *embeddings, generators, *counts, solver, mitigations)
     for mitigation in mitigations:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import close
 
 import basinlab
 from basinlab import comparison, mitigations, scenarios
@@ -19,7 +20,7 @@ MAIN = scenarios.read(comparison.MAIN)
 
 def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_is_taken():
     methods = comparison.methods(MAIN)
-    assert {len(settings) for name, settings in methods.items() if name != "CFG"} == {4} and len(methods) == 18
+    assert {len(settings) for name, settings in methods.items() if name != "CFG"} == {4} and len(methods) == 23
     rows = [(name, i, float(i in (1, 3))) for name, settings in methods.items() for i in range(len(settings))]
     tuning = pd.DataFrame(rows, columns=["method", "setting", "new_and_right"]).sample(frac=1, random_state=0)
     assert comparison.best_settings(tuning) == {name: int(name != "CFG") for name in methods}
@@ -30,10 +31,37 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
 
 
+def test_a_method_that_was_not_tuned_is_said_and_taken_at_its_second_setting(tmp_path, monkeypatch):
+    (tmp_path / comparison.MAIN).mkdir()
+    tuning = pd.read_csv(basinlab.data_folder() / comparison.MAIN / "tuning.csv")
+    tuning[tuning["method"] != "STP"].to_csv(tmp_path / comparison.MAIN / "tuning.csv", index=False)
+    monkeypatch.setattr(comparison, "data_folder", lambda: tmp_path)
+    with pytest.warns(UserWarning, match="no tuning of .*STP"):
+        chosen = comparison.tuned(MAIN)
+    assert describe(chosen["STP"][0]) == describe(comparison.methods(MAIN)["STP"][1][0])
+
+
+def test_norms_are_measured_on_ordinary_prompts_that_are_not_compared():
+    (region, _), compared = comparison.methods(MAIN)["stability"][0], comparison.groups(MAIN, "paper")["ordinary"]
+    assert len(region.prompts) == 50 and not {*region.prompts} & {*compared["prompt"]}
+    assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
+
+
+@pytest.mark.parametrize("method", ["GUARD", "APG", "CFG-Zero*"])
+def test_the_later_methods_sample_and_do_not_depend_on_the_batch(tiny, method):
+    setting, options = comparison.methods(MAIN)[method][1], {"steps": 5, "progress": False}
+    prompts = ["a picture of a tomato", "dream second top hat found first"]
+    together = basinlab.sample(tiny, prompts, [0, 1, 2], setting, **options)
+    alone = basinlab.sample(tiny, prompts[1], 2, setting, **options)
+    close(together.latents[-1:], alone.latents)
+    plain = basinlab.sample(tiny, prompts, [0, 1, 2], comparison.methods(MAIN)["CFG"][0], **options)
+    assert (plain.latents - together.latents).abs().max() > 1e-3
+
+
 def test_published_scenarios_get_the_authors_settings():
     scenario = scenarios.read("sd21-laion10k")
     methods = comparison.methods(scenario)
-    assert len(methods) == 18 and all(len(settings) == 1 for settings in methods.values())
+    assert len(methods) == 22 and all(len(settings) == 1 for settings in methods.values())
     chosen = comparison.tuned(scenario)
     assert chosen["Wen"][0] == mitigations.PromptOptimization(3.0, 0.05, 10)
     assert describe(chosen["STP"][0]) == describe(basinlab.StaticTransitionPoint(500, 7.5))
@@ -53,7 +81,7 @@ def test_the_paper_profile_has_the_size_that_is_stated():
         for of, group, rows, seeds, tried in comparison.plan(scenarios.read(name), "paper"):
             if of == "methods":
                 groups[group] = len(rows)
-                assert (len(seeds), len(tried)) == (4, 18)
+                assert (len(seeds), len(tried)) == (4, 23)
     assert sizes["emoji-duplicated"] == {"memorized": 32, "template": 16, "ordinary": 32}
     assert sizes["emoji-finetuned"] == {"memorized": 16, "ordinary": 16}
     assert sizes["emoji-classes"] == {"memorized": 10, "ordinary": 16}  # there are no more classes

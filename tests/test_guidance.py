@@ -61,6 +61,8 @@ GUIDERS = [
     g.OppositeGuidance(321, 4.0),
     g.GuidanceInterval(700, 300, 4.0),
     g.ScheduledGuidance("cosine", 4.0),
+    g.AttractRepel(4.0, 1.0),
+    g.Gated(0.5, g.StaticTransitionPoint(321, 4.0, before=-1.0), 4.0),
 ]
 
 
@@ -68,7 +70,9 @@ GUIDERS = [
 def test_guider_survives_saving_and_copying_and_is_usable_before_the_first_step(guidance, tmp_path):
     """A modular pipeline asks for num_conditions, and a notebook for the repr, before any set_state."""
     assert isinstance(guidance, BaseGuidance)
-    assert guidance.new().num_conditions == 2 and type(guidance).__name__ in repr(guidance.new())
+    assert guidance.new().num_conditions == len(guidance._input_predictions) and type(guidance).__name__ in repr(
+        guidance.new()
+    )
     guidance.save_pretrained(tmp_path)
     for again in (type(guidance).from_pretrained(tmp_path), guidance.new()):
         assert [again.weight(t) for t in range(1000)] == [guidance.weight(t) for t in range(1000)]
@@ -149,3 +153,60 @@ def test_schedules_have_the_asked_mean_and_shape(schedule, rising):
 def test_an_interval_that_runs_upwards_is_refused():
     with pytest.raises(ValueError, match="from 300 down to 700"):
         g.GuidanceInterval(300, 700)
+
+
+THREE = ["pred_positive", "pred_cond", "pred_uncond"]
+
+
+@pytest.mark.parametrize("guidance, timestep, names", [
+    (g.AttractRepel(7.5, 2.0), 999, THREE),
+    (g.AttractRepel(7.5, 0.0), 999, ["pred_positive", "pred_uncond"]),
+    (g.AttractRepel(0.0, 2.0), 999, ["pred_cond", "pred_uncond"]),
+    (g.AttractRepel(7.5, 6.5, fading=False), 500, ["pred_positive", "pred_cond"]),
+    (g.AttractRepel(7.5, 6.5), 500, THREE),
+    (g.AttractRepel(7.5, 2.0), 0, ["pred_positive", "pred_uncond"]),
+    (g.Gated(1.0, g.StaticTransitionPoint(500)), 999, BOTH),
+])  # fmt: skip
+def test_attraction_asks_for_each_prediction_with_a_weight(guidance, timestep, names):
+    found = prepared(guidance, timestep)
+    assert list(found) == names and guidance.num_conditions == len(names)
+    assert found == {name: float(name != "pred_uncond") for name in names}
+    for name in names:
+        guidance.prepare_models(None)
+        assert guidance.is_conditional == (name != "pred_uncond")
+
+
+def test_attraction_is_its_formula_and_its_special_cases_are_exact():
+    p, n, u = torch.randn(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def combined(s, r, fading=False, t=500, **given):
+        guidance = g.AttractRepel(s, r, fading)
+        guidance.set_state(1, 50, torch.tensor(t))
+        return guidance.forward(**given).pred
+
+    def weighted(weight, cond, uncond):
+        guidance = g.ConstantGuidance(weight)
+        guidance.set_state(0, 50, torch.tensor(500))
+        return guidance.forward(cond, uncond).pred
+
+    every = {"pred_positive": p, "pred_cond": n, "pred_uncond": u}
+    for t in (999, 500, 0):
+        r = 2 * np.cos(np.pi / 2 * (1 - t / 1000))
+        expected = (1 - 7.5 + r) * u + 7.5 * p - r * n
+        torch.testing.assert_close(combined(7.5, 2.0, True, t, **every), expected.float(), atol=1e-4, rtol=0)
+    assert combined(7.5, 0.0, pred_positive=p, pred_uncond=u).equal(weighted(7.5, p, u))  # CFG on p
+    assert combined(0.0, 2.0, pred_cond=n, pred_uncond=u).equal(weighted(-2.0, n, u))  # opposite guidance
+    assert combined(7.5, 6.5, pred_positive=p, pred_cond=n).equal(weighted(7.5, p, n))  # re-anchoring
+    torch.testing.assert_close(combined(7.5, 6.5, **every), weighted(7.5, p, n), atol=1e-4, rtol=0)
+
+
+def test_the_gate_lets_pass_below_its_limit_and_is_the_remedy_above():
+    course = COURSES.copy()  # at the first step 3, 5 and 1
+    gated = g.Gated(2.0, g.OppositeGuidance(650, 5.0), guidance_scale=5.0)
+    opposed, plain = [-2, -2, -2, 5, 5, 5], [5] * 6
+    assert run_rule(gated, course, TIMES) == [opposed, opposed, plain]
+    assert run_rule(gated, course[:, [2, 1]], TIMES) == [plain, opposed]  # another batch: it decides anew
+    dynamic = g.DynamicTransitionPoint(5.0, latest=450)
+    assert run_rule(g.Gated(0.0, dynamic, 5.0), course, TIMES) == run_rule(dynamic.new(), course, TIMES)
+    with pytest.raises(ValueError, match="AttractRepel needs other predictions"):
+        g.Gated(2.0, g.AttractRepel())

@@ -1,6 +1,8 @@
 """The mitigations of earlier work against their authors' definitions, seen by one that looks on."""
 
 import copy
+import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -209,10 +211,12 @@ def test_sharpness_aware_noise_lowers_the_magnitude_ahead(tiny):
 @pytest.mark.parametrize("mitigation", [
     p.RandomNumbers(2), p.EmbeddingNoise(0.2), p.ConditionAnnealing(0.1), p.CrossAttentionMask(2.0, keep_end=False),
     p.PromptOptimization(0.05, rate=0.01, iterations=3), p.NoiseDescent(0.05, rate=0.02, iterations=3),
-    p.NoiseAscent(12.5, 3.0), p.SharpnessAwareNoise(0.1, 0.25, 0.01, 0.02, iterations=3),
+    p.NoiseAscent(12.5, 3.0), p.SharpnessAwareNoise(0.1, 0.25, 0.01, 0.02, iterations=3), p.SpikeDamping(0.3),
+    p.Reanchoring(0.0), p.StabilityRegion(0.5, ("an owl", "here is a tomato"), 2.0),
 ], ids=lambda mitigation: type(mitigation).__name__)  # fmt: skip
-def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, mitigation):
-    cfg, options = basinlab.ConstantGuidance(2.0), {"steps": 5, "progress": False}
+def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, mitigation, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
+    cfg, options = basinlab.AttractRepel(2.0, 0.5), {"steps": 5, "progress": False}
     together = basinlab.sample(tiny, PROMPTS, range(3), [mitigation, cfg], **options)
     alone = basinlab.sample(tiny, PROMPTS[1], 2, [mitigation, cfg], **options)
     close(together.latents[-1:], alone.latents)
@@ -246,3 +250,99 @@ def test_descents_work_in_half_precision_and_where_no_gradients_are_kept(tiny_fo
 def test_condition_annealing_needs_time_to_fade():
     with pytest.raises(ValueError, match="first is 500, last 500"):
         p.ConditionAnnealing(0.1, 500, 500)
+
+
+ORDINARY = ("an owl", "here is a tomato", "a photo of a pretzel")
+
+
+@pytest.mark.parametrize("neutral", [
+    [p.SpikeDamping(1.0), basinlab.AttractRepel(2.0, 0.0)],
+    [p.Reanchoring(np.inf), basinlab.ConstantGuidance(2.0)],
+    [p.StabilityRegion(np.inf, ORDINARY, 2.0), basinlab.ConstantGuidance(2.0)],
+    [basinlab.Gated(np.inf, basinlab.OppositeGuidance(500, 2.0), 2.0)],
+], ids=lambda setting: type(setting[0]).__name__)  # fmt: skip
+def test_neutral_settings_are_plain_guidance_bit_for_bit(tiny, neutral, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
+    options = {"steps": 5, "progress": False}
+    plain = basinlab.sample(tiny, PROMPTS, [0, 1], basinlab.ConstantGuidance(2.0), **options)
+    found = basinlab.sample(tiny, PROMPTS, [0, 1], neutral, **options)
+    assert found.latents.equal(plain.latents)
+    assert found.network_calls.eq(plain.network_calls + 2 * isinstance(neutral[0], p.Reanchoring)).all()
+
+
+def test_spike_tokens_are_damped_per_head_in_the_early_blocks(tiny):
+    state, _, _ = start(tiny, seeds=[0])
+    spikes, usual = torch.tensor([[0.3, 0.1], [1.0, 0.1]]), predict(tiny, state.conditional)
+    latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    found, layers, queries, seen = tiny(latents, 500, state.conditional, spikes=spikes), {}, {}, []
+    for name, module in tiny.unet.named_modules():
+        if name.endswith("attn2") and not name.startswith("up_blocks"):
+            layers[name] = module
+
+    def damped(module, inputs, output, name):  # by loops, over the keys before they are used
+        heads = layers[name].heads
+        query, key = (x.unflatten(2, (heads, -1)) for x in (queries[name], output.clone()))
+        for head in range(heads):
+            highest = (query[0, :, head] @ key[0, :, head].T * layers[name].scale).max(dim=0).values
+            rest = highest[1:].numpy()
+            high = [k for k in range(1, len(highest)) if (highest[k] - rest.mean()) / (rest.std(ddof=1) + 1e-6) > 0.1]
+            seen.append(len(high))
+            key[0, high, head] *= 0.3
+        return key.flatten(2)
+
+    hooks = []
+    for name, layer in layers.items():
+        keep = layer.to_q.register_forward_hook(lambda m, i, output, name=name: queries.update({name: output}))
+        hooks += [keep, layer.to_k.register_forward_hook(functools.partial(damped, name=name))]
+    wanted = predict(tiny, state.conditional)
+    for hook in hooks:
+        hook.remove()
+    assert len(layers) >= 3 and min(seen) > 0 and max(seen) < state.conditional.shape[1] - 1
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (found - usual)[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[1], usual[1], atol=1e-5, rtol=0)  # a factor of 1
+
+
+def test_reanchoring_is_attraction_to_the_other_phrasing_and_repulsion_from_the_prompt(tiny):
+    before, _, _ = start(tiny, seeds=[0, 1])
+    limit = float(magnitude(tiny, before).sort().values[1:3].mean())  # two of four are above it
+    after, _, run = start(tiny, p.Reanchoring(limit), seeds=[0, 1])
+    above = magnitude(tiny, before) > limit
+    assert above.sum() == 2 and run.network_calls.eq(2 + 2).all()
+    assert after.unconditional[above].equal(before.conditional[above])
+    assert after.unconditional[~above].equal(before.unconditional[~above])
+    assert after.conditional[~above].equal(before.conditional[~above])
+    assert [before.texts[i].split() for i in range(4)] == [text.split() for text in after.texts]
+    for moved, text in zip(after.conditional[above], np.array(before.texts)[above.numpy()], strict=True):
+        orders = tiny.embed([" ".join(order) for order in itertools.permutations(text.split())])
+        assert (orders - moved).abs().amax((1, 2)).min() < 1e-5
+
+
+def test_the_stability_region_holds_norms_within_its_bounds(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
+    options = {"steps": 4, "progress": False}
+    plain = basinlab.sample(tiny, ORDINARY, 0, basinlab.ConstantGuidance(2.0), **options)
+    norms = p.ordinary_norms(tiny, ORDINARY, basinlab.ConstantGuidance(2.0), steps=4)
+    lengths = plain.latents.diff(dim=1).flatten(2).norm(dim=2), plain.latents[:, 1:].flatten(2).norm(dim=2)
+    for kind, measured in enumerate(lengths, start=1):
+        torch.testing.assert_close(norms[0, :, kind], measured.mean(0))
+        torch.testing.assert_close(norms[1, :, kind], measured.std(0))
+    region = [p.StabilityRegion(0.1, ORDINARY, 2.0), basinlab.ConstantGuidance(6.0)]
+    found = basinlab.sample(tiny, PROMPTS, 0, region, **options).latents[:, 1:].flatten(2).norm(dim=2)
+    far = (found - norms[0, :, 2]).abs() / norms[1, :, 2]
+    assert far.max() < 0.101
+    assert len([*tmp_path.rglob("*.safetensors")]) == 1  # measured once, for all gammas
+    basinlab.sample(
+        tiny, PROMPTS, 0, [p.StabilityRegion(3.0, ORDINARY, 2.0), basinlab.ConstantGuidance(6.0)], **options
+    )
+    assert len([*tmp_path.rglob("*.safetensors")]) == 1
+
+
+def test_a_gated_sample_is_that_of_the_remedy_or_of_plain_guidance(tiny):
+    remedy, cfg, options = basinlab.OppositeGuidance(500, 2.0), basinlab.ConstantGuidance(2.0), {"steps": 5}
+    plain, remedied = (basinlab.sample(tiny, PROMPTS, range(3), x, progress=False, **options) for x in (cfg, remedy))
+    limit = float(plain.guidance_magnitude[:, 0].median())
+    gated = basinlab.sample(tiny, PROMPTS, range(3), basinlab.Gated(limit, remedy, 2.0), progress=False, **options)
+    above = plain.guidance_magnitude[:, 0] > limit
+    assert 0 < above.sum() < 6 and gated.network_calls.equal(plain.network_calls)
+    assert gated.latents[above].equal(remedied.latents[above]) and gated.latents[~above].equal(plain.latents[~above])
