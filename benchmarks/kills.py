@@ -26,7 +26,7 @@ COMMANDS = {
 
 def start(name: str, out: Path) -> subprocess.Popen:
     (out / "cwd").mkdir(parents=True, exist_ok=True)
-    environment = {"BASINLAB_PROFILE": "tiny", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "BASINLAB_OUT": str(out)}
+    environment = {"BASINLAB_PROFILE": "tiny", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     command = [sys.executable, *COMMANDS[name](out)]
     return subprocess.Popen(command, cwd=out / "cwd", env=os.environ | environment, **options)
