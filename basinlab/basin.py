@@ -77,19 +77,31 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
         rows = [[i for i, p in enumerate(run.prompts) if p == prompt] for prompt in prompts]
         widths = torch.stack([mean_pairwise_distance(states[r]) for r in rows]).numpy()
-        tables.append(_mean_curve(name, run.timesteps, widths))
+        low, high = zip(*[bootstrap_interval(column, resamples=500) for column in widths.T], strict=True)
+        curve = {"name": name, "t": run.timesteps, "value": widths.mean(axis=0), "low": low, "high": high}
+        tables.append(pd.DataFrame(curve))
     return pd.concat(tables, ignore_index=True)
 
 
-def magnitude_curves(magnitudes: Mapping[str, Tensor], timesteps: Tensor) -> pd.DataFrame:
-    """Mean guidance magnitude, name -> [B, S], over t [S]: name, t, value, low, high (95% bootstrap over samples)."""
-    return pd.concat([_mean_curve(name, timesteps, m.numpy()) for name, m in magnitudes.items()], ignore_index=True)
+def aligned_magnitude(
+    magnitudes: Tensor, timesteps: Tensor, points: pd.DataFrame, reference: Tensor, by: str = "share", width: int = 40
+) -> pd.DataFrame:
+    """Guidance magnitude [B, S] as a multiple of the mean of ``reference`` [N, S] at the same t, around each point.
 
-
-def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFrame:
-    """Mean over the rows of ``values`` [N, S] at each timestep, with its bootstrap interval."""
-    low, high = zip(*[bootstrap_interval(column, resamples=500) for column in values.T], strict=True)
-    return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
+    ``points`` has a row a sample: point (NaN: left out) and ``by``. A mean over samples that leave at unequal times
+    hides the fall that each shows; here time is counted from each one's own point. Columns ``by``, after (timesteps
+    since the point, in bins of ``width``), value (median), low, high (95% bootstrap), n.
+    """
+    ratio = (magnitudes / reference.mean(dim=0)).numpy().ravel()
+    after = ((points["point"].to_numpy()[:, None] - timesteps.numpy()) / width).round().ravel() * width
+    levels = np.repeat(points[by].to_numpy(), len(timesteps))
+    table = pd.DataFrame({by: levels, "after": after, "ratio": ratio}).query("abs(after) <= 6 * @width")
+    rows = [
+        (*key, values.median(), *bootstrap_interval(values, np.median, 500), len(values))
+        for key, values in table.groupby([by, "after"])["ratio"]
+        if len(values) > 2
+    ]
+    return pd.DataFrame(rows, columns=[by, "after", "value", "low", "high", "n"])
 
 
 def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
@@ -167,12 +179,15 @@ def membership(
 
 
 def escapes(
-    run: Trajectory, attractors, distance, radius: float, timesteps, pushes, guidance=None, *, seed: int = 0, **options
-) -> pd.DataFrame:
+    run: Trajectory, attractors, distance, radius: float, timesteps, pushes, guidance=None, *, towards=None,
+    seed: int = 0, **options,
+) -> pd.DataFrame:  # fmt: skip
     """Push captured trajectories off their way and see which still end in the ball.
 
     At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction, root mean square over
-    the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end.
+    the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end. With
+    ``towards``, a run of the same samples under another guidance, the state goes r of the way to that run's state:
+    random directions are nearly orthogonal to what decides, this one is where a trajectory leaves (Definition 3).
 
     ``run`` are B recorded trajectories that end in the ball under ``guidance`` (default CFG 7.5), ``attractors`` [B, 3,
     height, width], ``timesteps`` and ``pushes`` all t and r; ``seed`` is of the directions, one for all r of a state;
@@ -190,6 +205,8 @@ def escapes(
         scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
         factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
         noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
+        if towards is not None:
+            noise, direction = torch.ones(()), towards.recorded("latents")[:, times.index(t)] - states
         pushed = torch.cat([states + r * noise * direction for r in pushes])
         again = {"seeds": run.seeds * count, "steps": steps, **options}
         end = sample_from(run.denoiser, run.prompts * count, pushed, t, guidance, **again)
@@ -199,11 +216,18 @@ def escapes(
     return pd.concat(parts, ignore_index=True)
 
 
+def on_the_way(run: Trajectory, captured: Trajectory, free: Trajectory) -> Tensor:
+    """Where the states of ``run`` lie on the way from ``captured`` (0) to ``free`` (1), [B, S]; NaN at T."""
+    start, end, own = (of.recorded("latents")[:, :-1].flatten(2) for of in (captured, free, run))
+    return ((own - start) * (end - start)).sum(dim=2) / (end - start).square().sum(dim=2)
+
+
 def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
     """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
 
-    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. Interpolated
-    between pushes; infinite where fewer than half escape at the largest, too large where half do at the smallest.
+    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units (with ``towards`` in parts
+    of the way), and n. Interpolated between pushes; infinite where fewer than half escape at the largest, too large
+    where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
