@@ -229,14 +229,15 @@ def legend(figure: Figure) -> None:
     figure.legend(marks, colours, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
-def singles(table: pd.DataFrame, ylabel: str) -> Figure:
+def singles(table: pd.DataFrame, ylabel: str, ylim=(0, None)) -> Figure:
     """Single lines (paper, Fig. 7): columns panel, name (which has the colour), line, t, value."""
-    figure, panels = _panels(table, "panel", 2, (5.2, 3.6), sharey=True)
+    figure, panels = _panels(table, "panel", 3, (4.6, 3.6), sharey=True)
     for title, axis, rows in panels:
         alone = {"units": "line", "estimator": None, "linewidth": 0.9, "alpha": 0.8, "legend": axis is panels[-1][1]}
         sns.lineplot(rows, x="t", y="value", hue="name", palette=COLOURS, ax=axis, **alone)
-        axis.set(title=title, xlim=(1000, 0), ylim=(0, None), xlabel="timestep t", ylabel=ylabel)
-    sns.move_legend(axis, "upper right", title=None)
+        axis.set(title=title, xlim=(1000, 0), ylim=ylim, xlabel="timestep t", ylabel=ylabel)
+    if axis.get_legend():
+        sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return figure
 
 

@@ -50,4 +50,5 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
     manifest = json.loads((tmp_path / "out/figures/manifest.json").read_text()) if made else {}  # 04 saves no figure
     pictures = {Path(name).stem for name in made if name.endswith(".png")}
     assert pictures == set(manifest)
-    assert all({"weights", "prompts", "seeds", "section", "versions", "commit"} <= set(entry) for entry in manifest.values())
+    told = {"weights", "prompts", "seeds", "section", "versions", "commit"}
+    assert all(told <= set(entry) for entry in manifest.values())
