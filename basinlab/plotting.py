@@ -41,10 +41,18 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
 }
 _NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 are shares of duplicates
-    0: ("memorized", "free", "unguided", "new and right", "no guidance before", 0.8),
-    1: ("ordinary", "memorized, CFG late", "released", "opposite guidance before", "dynamic", "with DTP"),
+    0: ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
+    1: (
+        "ordinary",
+        "memorized, CFG late",
+        "released",
+        "opposite guidance before",
+        "dynamic",
+        "with DTP",
+        "conditional",
+    ),
     2: ("ordinary, CFG", "object right", "static"),
-    3: ("memorized, CFG", "captured", "copied", "with OG + DTP"),
+    3: ("memorized, CFG", "captured", "copied", "with OG + DTP", "difference"),
     4: (0.95,),
     5: ("unseen scene",),
     7: ("with CFG",),
@@ -188,12 +196,13 @@ def dots(
                 axis.axvspan(place - half, place + half, color="gold", alpha=0.4, linewidth=0, zorder=0)
         for mark in () if marks is None else marks[marks[panel] == name].dropna().itertuples():
             axis.axvline(mark.at, color=COLOURS[mark.name], linestyle=_STYLES[mark.name], label=mark.name)
-        axis.set(**axes)
         axis.set_title(name, pad=None if strips is None else 72)
         if strips is not None:
             thumbnails(axis, strips[strips[panel] == name])
             axis.plot([], [], "s", color="none", markeredgecolor=COLOURS["copied"], label="a copy")
-        if not numbers and rows[x].nunique() > 12:
+    for _, axis, rows in panels:  # when all is drawn: they share an axis
+        axis.set(**axes)
+        if not pd.api.types.is_numeric_dtype(rows[x]) and rows[x].nunique() > 12:
             axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
     if axis.get_legend_handles_labels()[1]:
         axis.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -229,14 +238,16 @@ def legend(figure: Figure) -> None:
     figure.legend(marks, colours, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
-def singles(table: pd.DataFrame, ylabel: str, ylim=(0, None)) -> Figure:
+def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figure:
     """Single lines (paper, Fig. 7): columns panel, name (which has the colour), line, t, value."""
     figure, panels = _panels(table, "panel", 3, (4.6, 3.6), sharey=True)
     for title, axis, rows in panels:
-        alone = {"units": "line", "estimator": None, "linewidth": 0.9, "alpha": 0.8, "legend": axis is panels[-1][1]}
+        last = axis is panels[-1][1] and rows["name"].nunique() > 1
+        alone = {"units": "line", "estimator": None, "linewidth": 0.9, "alpha": 0.8, "legend": last}
         sns.lineplot(rows, x="t", y="value", hue="name", palette=COLOURS, ax=axis, **alone)
-        axis.set(title=title, xlim=(1000, 0), ylim=ylim, xlabel="timestep t", ylabel=ylabel)
-    if axis.get_legend():
+        axis.set(title=title, xlim=(1000, 0), xlabel="timestep t", ylabel=ylabel)
+    axis.set_ylim(bottom=bottom)
+    if last:
         sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return figure
 
@@ -250,7 +261,8 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     figure, axis = plt.subplots(figsize=(8.6, 4.6))
     shade, grid = sns.light_palette(COLOURS["captured"], as_cmap=True), shares.pivot(index="push", columns="t")["value"]
     drawn = axis.pcolormesh(grid.columns, grid.index, grid, cmap=shade, vmin=0, vmax=1.4, shading="nearest")
-    figure.colorbar(drawn, ax=axis, label="share captured", boundaries=np.linspace(0, 1, 21), location="left", pad=0.02)
+    bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "left", "pad": 0.02}
+    figure.colorbar(drawn, ax=axis, label="share captured", **bar)
     top = float(grid.index.max())
     axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
     for (name, line), part in paths.groupby(["name", "line"], sort=False):
