@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, and writes its figures."""
 
+import importlib
 import json
 import os
 import re
@@ -52,3 +53,39 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
     assert pictures == set(manifest)
     told = {"weights", "prompts", "seeds", "section", "versions", "commit"}
     assert all(told <= set(entry) for entry in manifest.values())
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    return importlib.import_module("paper")
+
+
+def test_the_page_of_the_paper_is_made_from_the_figures(paper):
+    assert (ROOT / "notebooks/paper.md").read_text(encoding="utf-8") == paper.page(), "run notebooks/paper.py"
+
+
+def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdict(paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "FIGURES", tmp_path)
+    entry = {"paper": "Fig. 6, Fig. 9", "section": "2.1"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"02_strip": entry, "00_scale": {"section": "0.4"}}))
+    (tmp_path / "02_strip.png").touch()
+    claims = "claim,value,low,high,n,goal,verdict\nthe outcome flips once: monotone,.95,.9,.98,64,at least .9,yes\n"
+    claims += "DTP: nothing is memorized,.2,.1,.3,64,at most .05,no\n"
+    (tmp_path / "02_claims.csv").write_text(claims)
+    lines = {line.split("|")[1].strip(): line for line in paper.page().splitlines() if line.startswith("| ")}
+    assert {*lines} >= {*(f"Fig. {n}" for n in range(1, 10)), *(f"Table {n}" for n in (1, 2, 3))}
+    sixth = lines["Fig. 6"]
+    assert "02_transition_point_sweep.ipynb" in sixth and "2.1" in sixth and "../figures/02_strip.png" in sixth
+    assert "0.95 [0.90, 0.98], n = 64; 0.20" in sixth and "**no**" in sixth  # the worst of its two claims
+    assert "**open**" in lines["Table 1"]
+
+
+def test_one_figure_runs_set_up_and_its_own_cells_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    only = importlib.import_module("execute").only
+    notebook = nbformat.read(ROOT / "notebooks/02_transition_point_sweep.ipynb", as_version=4)
+    count, kept = len(notebook.cells), only(notebook, "figure-2")
+    code = "\n".join(cell.source for cell in kept.cells)
+    assert 0 < len(kept.cells) < count / 2 and "02_story_" in code and "02_depends_on" not in code
+    assert only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None

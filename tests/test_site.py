@@ -14,7 +14,8 @@ import pytest
 from conftest import needs_browser, shown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))] + ["facilitating", "index"]
+PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+PAGES += ["facilitating", "index", "paper", "study-notes.ko"]
 WIDTHS = {"phone": 390, "desktop": 1280}
 
 # loads a page in a frame of a device's width and writes down what a reader would meet
