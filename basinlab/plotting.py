@@ -256,7 +256,7 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     """The basin, measured (paper, Fig. 1): over t, on the way from the captured state (0) to the unguided one (1).
 
     ``shares`` has t, push (the place on the way) and value (the share captured), ``half`` t and value (where one half
-    escapes), ``paths`` name, line, t and value (the place), ``ends`` the columns of `thumbnails`.
+    escapes), ``paths`` name, t and value (the place), ``ends`` the columns of `thumbnails`.
     """
     figure, axis = plt.subplots(figsize=(8.6, 4.6))
     shade, grid = sns.light_palette(COLOURS["captured"], as_cmap=True), shares.pivot(index="push", columns="t")["value"]
@@ -265,11 +265,10 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     figure.colorbar(drawn, ax=axis, label="share captured", **bar)
     top = float(grid.index.max())
     axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
-    for (name, line), part in paths.groupby(["name", "line"], sort=False):
-        label = name if line == paths["line"].min() else None
-        axis.plot(part["t"], part["value"], color=COLOURS[name], linewidth=1.8, label=label)
-    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()), top), xlabel="timestep t")
-    axis.set_yticks([0, 1], ["captured", "unguided"])
+    for name, part in paths.groupby("name", sort=False):
+        axis.plot(part["t"], part["value"], color=COLOURS[name], linewidth=1.8, label=name)
+    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()), top), xlabel="timestep t", yticks=[0, 1])
+    axis.set_yticklabels(["captured", "unguided"])
     thumbnails(axis, ends, right=True)
     figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     return figure

@@ -165,9 +165,7 @@ def test_the_measured_basin_is_shaded_where_states_are_captured():
     shares = pd.DataFrame([(t, r, float(r * 1000 < t)) for t in (900, 500, 100) for r in (0, 0.5, 1)])
     shares.columns = ["t", "push", "value"]
     half = pd.DataFrame({"t": [900, 500, 100], "value": [float("inf"), 0.5, 0.1]})
-    paths = pd.DataFrame(
-        {"name": ["captured", "unguided"] * 2, "line": 0, "t": [900, 900, 100, 100], "value": [0, 1] * 2}
-    )
+    paths = pd.DataFrame({"name": ["captured", "unguided"] * 2, "t": [900, 900, 100, 100], "value": [0, 1] * 2})
     figure = plotting.section(shares, half, paths, STRIP)
     axis = figure.axes[0]
     assert axis.collections[0].get_array().reshape(3, 3).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
