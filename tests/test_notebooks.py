@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+STORY = [name for name in NOTEBOOKS if name[:2] in ("00", "01", "02", "03")]
 
 
 def wordless_pictures(notebook: Path) -> list[int]:
@@ -79,6 +80,26 @@ def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdi
     assert "02_transition_point_sweep.ipynb" in sixth and "2.1" in sixth and "../figures/02_strip.png" in sixth
     assert "0.95 [0.90, 0.98], n = 64; 0.20" in sixth and "**no**" in sixth  # the worst of its two claims
     assert "**open**" in lines["Table 1"]
+
+
+def test_every_figure_and_table_of_the_paper_has_cells():
+    cells = [cell for name in NOTEBOOKS for cell in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells]
+    tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}
+    assert {*(f"figure-{n}" for n in range(1, 10)), *(f"table-{n}" for n in range(1, 4))} <= tags
+
+
+@pytest.mark.parametrize("notebook", STORY)
+def test_cells_are_short_and_every_picture_is_asked_about_before_and_told_after(notebook):
+    cells = nbformat.read(ROOT / "notebooks" / notebook, as_version=4).cells
+    assert max(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code") <= 15
+    asked = told = True
+    for cell in cells:
+        drawn = "plotting.save(" in cell.source and "mystnb" in cell.metadata
+        if cell.cell_type == "markdown":
+            asked, told = asked or "**Before you look" in cell.source, told or "**What to see" in cell.source
+        elif drawn:
+            assert told and asked, cell.source
+            asked, told = False, False
 
 
 def test_one_figure_runs_set_up_and_its_own_cells_only(monkeypatch):
