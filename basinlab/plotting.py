@@ -233,9 +233,8 @@ def intervals(table: pd.DataFrame, panel: str, **axes) -> Figure:
 
 def legend(figure: Figure) -> None:
     """A line over ``figure`` that names the colours of the families of methods."""
-    colours = {family: colour for family, (colour, _) in _FAMILIES.items()}
-    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours.values()]
-    figure.legend(marks, colours, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
+    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour, _ in _FAMILIES.values()]
+    figure.legend(marks, _FAMILIES, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
 def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figure:
