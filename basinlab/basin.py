@@ -93,7 +93,7 @@ def aligned_magnitude(
     since the point, in bins of ``width``), value (median), low, high (95% bootstrap), n.
     """
     ratio = (magnitudes / reference.mean(dim=0)).numpy().ravel()
-    after = ((points["point"].to_numpy()[:, None] - timesteps.numpy()) / width).round().ravel() * width
+    after = np.floor((points["point"].to_numpy()[:, None] - timesteps.numpy()) / width + 0.5).ravel() * width
     levels = np.repeat(points[by].to_numpy(), len(timesteps))
     table = pd.DataFrame({by: levels, "after": after, "ratio": ratio}).query("abs(after) <= 6 * @width")
     bins = table.groupby([by, "after"])["ratio"]
