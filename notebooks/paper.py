@@ -6,6 +6,7 @@ our numbers are in the tables beside the pictures. ``make figures PROFILE=paper`
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,11 +168,24 @@ def where(name: str, entry: dict) -> str:
     return f"[{name[:2]}, {entry['section']}]({notebook})"
 
 
+def tagged(tag: str) -> str:
+    """The first section with a cell of that tag, for what is a table in the notebook and no picture."""
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        section = ""
+        for cell in json.loads(path.read_text())["cells"]:
+            section = (re.findall(r"^## (\d+\.\d+)", "".join(cell["source"]), re.MULTILINE) or [section])[-1]
+            if tag in cell["metadata"].get("tags", []):
+                return f"[{path.name[:2]}, {section}]({path.name})"
+    return ""
+
+
 def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:
     """A line of the page's table."""
     pictures = {n: e for n, e in manifest.items() if item in e.get("paper", "").split(", ")}
     places = ", ".join(dict.fromkeys(where(name, entry) for name, entry in pictures.items()))
-    drawn = sorted((n for n in pictures if (FIGURES / f"{n}.png").exists()), key=lambda n: n.startswith("00"))
+    places = places or tagged(item.lower().replace(" ", "-"))
+    drawn = [name for name in pictures if (FIGURES / f"{name}.png").exists()]
+    drawn.sort(key=lambda name: (name.startswith("00"), "classes" in name, "error" in name, name))
     thumbnails = " ".join(f"![Our {item}: {name}](../figures/{name}.png)" for name in drawn[:2])
     ours, verdict = found_or_open(find)
     because = f"; a likely cause: {why}" if why and verdict in ("no", "undecided") else ""
