@@ -6,7 +6,8 @@
     python notebooks/execute.py --out elsewhere                   # elsewhere/notebooks and elsewhere/figures
     python notebooks/execute.py --figure 2                        # only what figure 2 needs, in build/figure-2
 
-A cell's tags say what it is for: "setup", "figure-2", "table-1". With ``--figure`` the others are left out.
+A cell's tags say what it is for: "setup", "figure-2", "table-1". With ``--figure`` only such cells run, and those
+before them whose names they read.
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
@@ -17,6 +18,7 @@ pictures too, where Jupyter and nbconvert look for it.
 """
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -91,12 +93,42 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
     return STYLED.sub(lambda match: tables[match[0]], text) + "\n"
 
 
+def names(code: str) -> tuple[set[str], set[str]]:
+    """The names that a cell binds, and those that it reads from cells before it."""
+    bound, read = set(), set()
+    for statement in ast.parse(code).body:
+        nodes = [*ast.walk(statement)]
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        stored |= {n.arg for n in nodes if isinstance(n, ast.arg)} | {getattr(statement, "name", "")}
+        loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        if isinstance(statement, ast.AugAssign):
+            loaded |= stored
+        elif isinstance(statement, ast.Assign):  # "x = f(x)" reads x; the names of comprehensions it does not
+            inner = [n for n in nodes if isinstance(n, ast.comprehension)]
+            loaded -= {n.id for part in inner for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+        else:
+            loaded -= stored
+        read |= loaded - bound
+        bound |= stored
+    return bound, read
+
+
 def only(notebook: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode | None:
-    """The notebook with its code of set-up and of ``tag`` alone; None where nothing has that tag."""
-    tagged = [cell for cell in notebook.cells if {tag, "setup"} & {*cell.metadata.get("tags", [])}]
-    if not any(tag in cell.metadata["tags"] for cell in tagged):
+    """The notebook with its code of ``tag``, what that reads, and set-up; None where nothing has that tag."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [{*cell.metadata.get("tags", [])} & {tag, "setup"} for cell in cells]
+    if not any(tag in tags for tags in tagged):
         return None
-    notebook.cells = tagged
+    found, kept = [names(cell.source) for cell in cells], {i for i, tags in enumerate(tagged) if tags}
+    waiting = sorted(kept)
+    while waiting:
+        reader = waiting.pop()
+        for name in found[reader][1]:
+            binder = next((i for i in reversed(range(reader)) if name in found[i][0]), None)
+            if binder is not None and binder not in kept:
+                kept.add(binder)
+                waiting.append(binder)
+    notebook.cells = [cells[i] for i in sorted(kept)]
     return notebook
 
 
