@@ -22,6 +22,7 @@ help:
 	@echo "make setup    install everything into .venv       (1 minute with a warm cache, else up to 10)"
 	@echo "make figures  run the notebooks in a reader's size, into build/reader (it says how long)"
 	@echo "              PROFILE=paper takes as many samples as the committed figures and replaces those (it resumes)"
+	@echo "              FIGURE=2 runs only what that figure of the paper needs, into build/figure-2"
 	@echo "make test     lint, then the tests                (some minutes)"
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it; LAB_OPTIONS=--no-browser and the like)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
@@ -58,8 +59,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 figures: $(INSTALLED)
-	@echo "figures: running the notebooks in order, profile $(PROFILE)"
-	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py
+	@echo "figures: running the notebooks$(if $(FIGURE), for figure $(FIGURE), in order), profile $(PROFILE)"
+	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py $(if $(FIGURE),--figure $(FIGURE))
+	@$(if $(FIGURE),,$(if $(filter paper,$(PROFILE)),$(PY) notebooks/paper.py))
 
 test: lint
 	@echo "test: running tests and doctests (some minutes)"

@@ -19,7 +19,7 @@ from torch import Tensor
 from .forks import Bisection, bisect
 from .metrics import mean_pairwise_distance
 from .models import Denoiser
-from .sampling import Trajectory, new_scheduler, sample_from
+from .sampling import Trajectory, sample_from
 from .statistics import bootstrap_interval, wilson_interval
 from .store import digest
 
@@ -77,19 +77,28 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
         rows = [[i for i, p in enumerate(run.prompts) if p == prompt] for prompt in prompts]
         widths = torch.stack([mean_pairwise_distance(states[r]) for r in rows]).numpy()
-        tables.append(_mean_curve(name, run.timesteps, widths))
+        low, high = zip(*[bootstrap_interval(column, resamples=500) for column in widths.T], strict=True)
+        curve = {"name": name, "t": run.timesteps, "value": widths.mean(axis=0), "low": low, "high": high}
+        tables.append(pd.DataFrame(curve))
     return pd.concat(tables, ignore_index=True)
 
 
-def magnitude_curves(magnitudes: Mapping[str, Tensor], timesteps: Tensor) -> pd.DataFrame:
-    """Mean guidance magnitude, name -> [B, S], over t [S]: name, t, value, low, high (95% bootstrap over samples)."""
-    return pd.concat([_mean_curve(name, timesteps, m.numpy()) for name, m in magnitudes.items()], ignore_index=True)
+def aligned_magnitude(
+    magnitudes: Tensor, timesteps: Tensor, points: pd.DataFrame, reference: Tensor, by: str = "share", width: int = 40
+) -> pd.DataFrame:
+    """Guidance magnitude [B, S] as a multiple of the mean of ``reference`` [N, S] at the same t, around each point.
 
-
-def _mean_curve(name: str, timesteps: Tensor, values: np.ndarray) -> pd.DataFrame:
-    """Mean over the rows of ``values`` [N, S] at each timestep, with its bootstrap interval."""
-    low, high = zip(*[bootstrap_interval(column, resamples=500) for column in values.T], strict=True)
-    return pd.DataFrame({"name": name, "t": timesteps, "value": values.mean(axis=0), "low": low, "high": high})
+    ``points`` has a row a sample: point (NaN: left out) and ``by``. A mean over samples that leave at unequal times
+    hides the fall that each shows; here time is counted from each one's own point. Columns ``by``, after (timesteps
+    since the point, in bins of ``width``), value (median), low, high (95% bootstrap), n.
+    """
+    ratio = (magnitudes / reference.mean(dim=0)).numpy().ravel()
+    after = np.floor((points["point"].to_numpy()[:, None] - timesteps.numpy()) / width + 0.5).ravel() * width
+    levels = np.repeat(points[by].to_numpy(), len(timesteps))
+    table = pd.DataFrame({by: levels, "after": after, "ratio": ratio}).query("abs(after) <= 6 * @width")
+    bins = table.groupby([by, "after"])["ratio"]
+    rows = [(*key, r.median(), *bootstrap_interval(r, np.median, 500), len(r)) for key, r in bins if len(r) > 2]
+    return pd.DataFrame(rows, columns=[by, "after", "value", "low", "high", "n"])
 
 
 def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
@@ -167,48 +176,48 @@ def membership(
 
 
 def escapes(
-    run: Trajectory, attractors, distance, radius: float, timesteps, pushes, guidance=None, *, seed: int = 0, **options
-) -> pd.DataFrame:
-    """Push captured trajectories off their way and see which still end in the ball.
+    run: Trajectory, free: Trajectory, attractors: Tensor, distance, radius: float, timesteps, places, guidance=None,
+    **options,
+) -> pd.DataFrame:  # fmt: skip
+    """Push captured trajectories towards unguided ones and see which still end in the ball.
 
-    At each of ``timesteps`` the state is moved by r sqrt(1 - alpha_bar_t) in a random direction, root mean square over
-    the latent's numbers, so that r = 1 is as far as the noise at t itself; then ``guidance`` goes on to the end.
+    At each of ``timesteps`` the state goes a part of the way, each of ``places``, to that of ``free`` (1), the same
+    samples without guidance; then ``guidance`` (default CFG 7.5) goes on to the end. Where half escape at 1, unguided
+    trajectories leave (Definition 3). A random direction would be nearly orthogonal to what decides.
 
-    ``run`` are B recorded trajectories that end in the ball under ``guidance`` (default CFG 7.5), ``attractors`` [B, 3,
-    height, width], ``timesteps`` and ``pushes`` all t and r; ``seed`` is of the directions, one for all r of a state;
-    ``options`` of `sampling.sample_from`. One row a push: prompt, seed, t, noise (the state's share), push, escaped.
+    ``run`` are B recorded trajectories that end in the ball, ``attractors`` [B, 3, height, width]; ``options`` are of
+    `sampling.sample_from`. One row a push: prompt, seed, t, push, escaped.
     """
-    times, steps, count, parts = run.timesteps.tolist(), len(run.timesteps), len(pushes), []
-    generator = torch.Generator().manual_seed(seed)
+    times, count, parts = run.timesteps.tolist(), len(places), []
     for t in timesteps:
         if t not in times:
             raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
-        states = run.recorded("latents")[:, times.index(t)]
-        direction = torch.randn(states.shape, generator=generator)
-        direction = direction / direction.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
-        # some schedulers' states are larger than x_t by a factor
-        scheduler = new_scheduler(run.denoiser, options.get("scheduler"), steps)
-        factor = 1 / scheduler.scale_model_input(torch.ones(()), scheduler.timesteps[times.index(t)])
-        noise = (1 - run.denoiser.alpha_bar(t)).sqrt().cpu() * factor
-        pushed = torch.cat([states + r * noise * direction for r in pushes])
-        again = {"seeds": run.seeds * count, "steps": steps, **options}
-        end = sample_from(run.denoiser, run.prompts * count, pushed, t, guidance, **again)
-        copied = distance(end.images(), attractors.repeat(count, 1, 1, 1)) <= radius
-        table = pd.DataFrame({"prompt": end.prompts, "seed": end.seeds, "t": t, "noise": float(noise)})
-        parts.append(table.assign(push=np.repeat(list(pushes), len(run)), escaped=~copied))
+        start, end = (of.recorded("latents")[:, times.index(t)] for of in (run, free))
+        pushed = torch.cat([start + r * (end - start) for r in places])
+        again = {"seeds": run.seeds * count, "steps": len(times), **options}
+        ends = sample_from(run.denoiser, run.prompts * count, pushed, t, guidance, **again)
+        copied = distance(ends.images(), attractors.repeat(count, 1, 1, 1)) <= radius
+        table = pd.DataFrame({"prompt": ends.prompts, "seed": ends.seeds, "t": t})
+        parts.append(table.assign(push=np.repeat(list(places), len(run)), escaped=~copied))
     return pd.concat(parts, ignore_index=True)
 
 
-def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
-    """The push at which half of the trajectories escape, over t: the width of the paper's funnel.
+def on_the_way(run: Trajectory, captured: Trajectory, free: Trajectory) -> Tensor:
+    """Where the states of ``run`` lie on the way from ``captured`` (0) to ``free`` (1), [B, S]; NaN at T."""
+    start, end, own = (of.recorded("latents")[:, :-1].flatten(2) for of in (captured, free, run))
+    return ((own - start) * (end - start)).sum(dim=2) / (end - start).square().sum(dim=2)
 
-    Columns t, value, low, high (95% bootstrap over trajectories), in the latents' own units, and n. Interpolated
-    between pushes; infinite where fewer than half escape at the largest, too large where half do at the smallest.
+
+def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
+    """The push at which half of the trajectories escape, over t: the wall of the paper's funnel.
+
+    Columns t, value, low, high (95% bootstrap over trajectories) and n. Interpolated between pushes; infinite where
+    fewer than half escape at the largest, too large where half do at the smallest.
     """
     rows = []
     for t, part in table.groupby("t", sort=False):
         wide = part.pivot(index=["prompt", "seed"], columns="push", values="escaped").astype(float)
-        width, values = partial(_half, wide.columns.to_numpy() * part["noise"].iloc[0]), wide.to_numpy()
+        width, values = partial(_half, wide.columns.to_numpy()), wide.to_numpy()
         rows.append((t, width(values), *bootstrap_interval(values, width, resamples=500), len(values)))
     return pd.DataFrame(rows, columns=["t", "value", "low", "high", "n"])
 

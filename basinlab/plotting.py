@@ -24,6 +24,7 @@ from filelock import FileLock
 from matplotlib import colors
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage, TextArea, VPacker
 from PIL import Image
 from torch import Tensor
 
@@ -41,11 +42,19 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "since the paper": (_PALETTE[6], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
 _NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 are shares of duplicates
-    0: ("memorized, no CFG", "free", "new and right", "no guidance before", "which prompt", 0.8),
-    1: ("memorized, CFG late", "opposite guidance before", "dynamic", "with DTP"),
+    0: ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", "which prompt", 0.8),
+    1: (
+        "ordinary",
+        "memorized, CFG late",
+        "released",
+        "opposite guidance before",
+        "dynamic",
+        "with DTP",
+        "conditional",
+    ),
     2: ("ordinary, CFG", "object right", "static"),
-    3: ("memorized, CFG", "captured", "copied", "with OG + DTP", "which sample"),
-    4: ("ordinary, no CFG", 0.95),
+    3: ("memorized, CFG", "captured", "copied", "with OG + DTP", "difference", "which sample"),
+    4: (0.95,),
     5: ("unseen scene",),
     7: ("with CFG",),
     8: ("other artist's scene",),
@@ -53,6 +62,7 @@ _NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 a
 }
 COLOURS = {name: _PALETTE[i] for i, names in _NAMED.items() for name in names} | {"measured": "black"}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
+_STYLES = {"measured": "-", "static": ":", "dynamic": "--"}  # of transition points
 VERSIONS = ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")
 
 
@@ -121,7 +131,28 @@ def picture_grid(
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], [left_title] * offset + list(columns), strict=False):
         axis.set_title(title, fontsize=9)
+    if framed is not None:
+        figure.supxlabel("framed: a copy of the training picture", color=COLOURS["copied"], fontsize=9)
     return figure
+
+
+def thumbnails(axis, rows: pd.DataFrame, right: bool = False) -> None:
+    """Pictures in a row over ``axis``, or at its right, each with a line to its place in the plot.
+
+    Columns picture [3, h, w], label, copied (which frames it; NA: no frame), and x and y of the place (NaN: no line).
+    """
+    for k, row in enumerate(rows.itertuples()):
+        image = OffsetImage(row.picture.permute(1, 2, 0).numpy(), zoom=46 / row.picture.shape[-1])
+        box = VPacker(children=[TextArea(row.label, textprops={"fontsize": 8}), image], align="center", pad=0, sep=2)
+        frame = {"edgecolor": COLOURS["copied"] if row.copied is True else "0.8", "linewidth": 2}
+        looks = {"bboxprops": frame, "pad": 0.15, "annotation_clip": False, "boxcoords": "axes fraction"}
+        if np.isfinite(row.y):
+            looks["arrowprops"] = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7}
+            axis.plot(row.x, row.y, "o", color="0.3", markersize=4, clip_on=False)
+        place, side = (k + 0.5) / len(rows), (-0.05, 0.5) if right else (0.5, -0.08)
+        at = (1, 1 - place) if right else (place, 1)
+        point, of = ((row.x, row.y), "data") if np.isfinite(row.y) else (at, "axes fraction")
+        axis.add_artist(AnnotationBbox(box, point, at, xycoords=of, box_alignment=side, **looks))
 
 
 def _panels(table: pd.DataFrame, panel: str | None, columns: int, size: tuple[float, float], **shared):
@@ -140,19 +171,17 @@ def errors(table: pd.DataFrame, value: str = "value", of: str = "") -> np.ndarra
     return np.where(np.isfinite(bars), bars.clip(0), 0)
 
 
-def bands(table: pd.DataFrame, ylabel: str, panel: str | None = None) -> Figure:
-    """Lines with intervals over the timestep, time running to the right: columns name, t, value, low, high."""
-    limits = {"xlim": (1000, 0), "ylim": (0, 1.05 * table["high"].max())}
-    return dots(table, "t", "name", panel, band=True, xlabel="timestep t", ylabel=ylabel, **limits)
-
-
-def dots(table: pd.DataFrame, x: str, hue: str | None = None, panel=None, title="", band=False, **axes) -> Figure:
-    """Points, or lines with a band, with intervals: columns ``x``, value, low, high.
+def dots(
+    table: pd.DataFrame, x: str, hue=None, panel=None, title="", band=False, size=None, strips=None, marks=None, **axes
+) -> Figure:
+    """Points, or lines with a band, with intervals: columns ``x``, value, low, high; a bool column gold shades places.
 
     There is a colour for each value of the column ``hue`` and a panel for each of ``panel``. ``title`` is the legend's;
-    ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...).
+    ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...). ``strips`` has ``panel`` and the columns of
+    `thumbnails`, ``marks`` ``panel``, name and at: vertical lines, such as the transition points.
     """
-    figure, panels = _panels(table, panel, 3, (4.2, 3.3) if panel else (6.6, 3.8), sharey=True)
+    size = size or ((4.2, 3.3) if panel else (6.6, 3.8))
+    figure, panels = _panels(table, panel, 3, size, sharey=True)
     for name, axis, rows in panels:
         for label, part in [(None, rows)] if hue is None else rows.groupby(hue, sort=False):
             colour, numbers = COLOURS.get(label, "black"), pd.api.types.is_numeric_dtype(part[x])
@@ -162,11 +191,22 @@ def dots(table: pd.DataFrame, x: str, hue: str | None = None, panel=None, title=
             else:
                 line = {"marker": "o", "linestyle": "-" if numbers else "", "capsize": 3, "color": colour}
                 axis.errorbar(part[x], part["value"], errors(part), label=label, **line)
-        axis.set(title=name, **axes)
-        if not numbers and rows[x].nunique() > 12:
+        if "gold" in rows:
+            half = rows[x].diff().abs().median() / 2
+            for place in rows.loc[rows["gold"], x].unique():
+                axis.axvspan(place - half, place + half, color="gold", alpha=0.4, linewidth=0, zorder=0)
+        for mark in () if marks is None else marks[marks[panel] == name].dropna().itertuples():
+            axis.axvline(mark.at, color=COLOURS[mark.name], linestyle=_STYLES[mark.name], label=mark.name)
+        axis.set_title(name, pad=None if strips is None else 72)
+        if strips is not None:
+            thumbnails(axis, strips[strips[panel] == name])
+            axis.plot([], [], "s", color="none", markeredgecolor=COLOURS["copied"], label="a copy")
+    for _, axis, rows in panels:  # when all is drawn: they share an axis
+        axis.set(**axes)
+        if not pd.api.types.is_numeric_dtype(rows[x]) and rows[x].nunique() > 12:
             axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
-    if hue is not None:
-        panels[-1][1].legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -176,50 +216,61 @@ def over_start(table: pd.DataFrame, hue: str, ylabel: str = "share copied", titl
     return dots(table, "start", hue, title=title, xlabel="CFG starts at timestep", ylabel=ylabel, **limits)
 
 
-def intervals(table: pd.DataFrame, panel: str, hue: str | None = None, **axes) -> Figure:
-    """Value, low and high of each ``method``, a row each; one panel a measure, a dotted line at CFG's value."""
-    names, hues = list(dict.fromkeys(table["method"])), [None] if hue is None else list(dict.fromkeys(table[hue]))
+def intervals(table: pd.DataFrame, panel: str, **axes) -> Figure:
+    """Value, low and high of each ``method``, a row each; panels by the column ``panel``, dotted at CFG's value."""
+    names = list(dict.fromkeys(table["method"]))
     figure, panels = _panels(table, panel, 4, (3.6, 0.34 * len(names) + 1.2), sharey=True)
     for label, axis, rows in panels:
-        for k, of in enumerate(hues):
-            part = rows if of is None else rows[rows[hue] == of]
-            at = [names.index(name) + (k - (len(hues) - 1) / 2) / (len(hues) + 1) for name in part["method"]]
-            for y, bar, row in zip(at, errors(part).T, part.itertuples(), strict=True):
-                colour = COLOURS.get(row.method if of is None else of, "black")
-                axis.errorbar(row.value, y, xerr=bar[:, None], fmt="o", capsize=2, color=colour)
+        for bar, row in zip(errors(rows).T, rows.itertuples(), strict=True):
+            colour, y = COLOURS.get(row.method, "black"), names.index(row.method)
+            axis.errorbar(row.value, y, xerr=bar[:, None], fmt="o", capsize=2, color=colour)
         for value in rows.loc[rows["method"] == "CFG", "value"]:
             axis.axvline(value, color="black", linestyle=":", linewidth=0.8)
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names, **axes)
     panels[0][1].invert_yaxis()
-    legend(figure, None if hue is None else {of: COLOURS[of] for of in hues})
+    legend(figure)
     return figure
 
 
-def legend(figure: Figure, colours: Mapping | None = None) -> None:
-    """A line over ``figure`` that names its colours, by default those of the families of methods."""
-    colours = colours or {family: colour for family, (colour, _) in _FAMILIES.items()}
-    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours.values()]
-    figure.legend(marks, colours, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
+def legend(figure: Figure) -> None:
+    """A line over ``figure`` that names the colours of the families of methods."""
+    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour, _ in _FAMILIES.values()]
+    figure.legend(marks, _FAMILIES, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
 
 
-def magnitudes(values: Tensor, timesteps: Tensor, points: pd.DataFrame, titles: Sequence[str]) -> Figure:
-    """Guidance magnitude of single trajectories [N, S] with transition points marked.
+def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figure:
+    """Single lines (paper, Fig. 7): columns panel, name (which has the colour), line, t, value."""
+    figure, panels = _panels(table, "panel", 3, (4.6, 3.6), sharey=True)
+    for title, axis, rows in panels:
+        last = axis is panels[-1][1] and rows["name"].nunique() > 1
+        alone = {"units": "line", "estimator": None, "linewidth": 0.9, "alpha": 0.8, "legend": last}
+        sns.lineplot(rows, x="t", y="value", hue="name", palette=COLOURS, ax=axis, **alone)
+        axis.set(title=title, xlim=(1000, 0), xlabel="timestep t", ylabel=ylabel)
+    axis.set_ylim(bottom=bottom)
+    if last:
+        sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    return figure
 
-    ``points`` has a row a trajectory and a column a kind of point (measured, static, dynamic; NaN: none).
+
+def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends: pd.DataFrame) -> Figure:
+    """The basin, measured (paper, Fig. 1): over t, on the way from the captured state (0) to the unguided one (1).
+
+    ``shares`` has t, push (the place on the way) and value (the share captured), ``half`` t and value (where one half
+    escapes), ``paths`` name, t and value (the place), ``ends`` the columns of `thumbnails`.
     """
-    height = -(-len(values) // 4)
-    figure, axes = plt.subplots(height, 4, figsize=(12, 2.2 * height), sharex=True, squeeze=False)
-    styles = {"measured": "-", "static": ":", "dynamic": "--"}
-    for axis, magnitude, title, (_, marks) in zip(axes.flat, values, titles, points.iterrows(), strict=False):
-        axis.plot(timesteps, magnitude, color="gray")
-        for name, point in marks.dropna().items():
-            axis.axvline(point, color=COLOURS[name], linestyle=styles[name], label=name)
-        axis.set_title(title, fontsize=8)
-        axis.set(xlim=(1000, 0))
-    figure.supxlabel("timestep t", fontsize=11)
-    figure.supylabel(r"$\|\epsilon_c-\epsilon_u\|_2$", fontsize=11)
-    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+    figure, axis = plt.subplots(figsize=(8.6, 4.6))
+    shade, grid = sns.light_palette(COLOURS["captured"], as_cmap=True), shares.pivot(index="push", columns="t")["value"]
+    drawn = axis.pcolormesh(grid.columns, grid.index, grid, cmap=shade, vmin=0, vmax=1.4, shading="nearest")
+    bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "left", "pad": 0.02}
+    figure.colorbar(drawn, ax=axis, label="share captured", **bar)
+    top = float(grid.index.max())
+    axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
+    for name, part in paths.groupby("name", sort=False):
+        axis.plot(part["t"], part["value"], color=COLOURS[name], linewidth=1.8, label=name)
+    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()), top), xlabel="timestep t", yticks=[0, 1])
+    axis.set_yticklabels(["captured", "unguided"])
+    thumbnails(axis, ends, right=True)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 

@@ -1,50 +1,50 @@
-"""Trajectories on a sheet of paper.
+"""Trajectories on a sheet of paper, in two views. Each gives a table: name, trajectory, t, x, y.
 
-UMAP equalises local density: a crowd and a scatter of points come out about equally wide, so that a funnel drawn by
-plain UMAP could be an artefact, and a real one could be flattened. densMAP (Narayan, Berger and Cho 2021) keeps local
-radii in proportion, which is what a funnel is about.
+UMAP has no scale of its own: a crowd and a scatter of points come out about equally wide. So each bundle is given its
+true width afterwards. Its layout differs between processors, even with a seed: widths and the order in time may be
+read off it, places may not.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Projection:
-    """Coordinates [B, S, 2] of B trajectories at S timesteps, and how they were made."""
+def umap(bundles: Mapping[str, Tensor], timesteps: Tensor, neighbours: int = 15) -> pd.DataFrame:
+    """Place the states [B, S, ...] of each bundle in the plane, slice by slice, by AlignedUMAP (McInnes et al. 2018).
 
-    coordinates: np.ndarray
-    timesteps: np.ndarray
-    method: str = "densMAP"
-
-    def split(self, counts: Sequence[int]) -> list["Projection"]:
-        """The projections of the first ``counts[0]`` trajectories, of the next ``counts[1]``, and so on."""
-        parts = np.split(self.coordinates, np.cumsum(counts)[:-1])
-        return [Projection(part, self.timesteps) for part in parts]
-
-    def table(self) -> pd.DataFrame:
-        """One row a point: trajectory, t, x, y."""
-        count, steps = self.coordinates.shape[:2]
-        flat = self.coordinates.reshape(-1, 2)
-        trajectory = np.repeat(np.arange(count), steps)
-        times = np.tile(self.timesteps, count)
-        return pd.DataFrame({"trajectory": trajectory, "t": times, "x": flat[:, 0], "y": flat[:, 1]})
-
-
-def project(states: Tensor, timesteps: Tensor, neighbours: int = 30) -> Projection:
-    """Project states [B, S, ...] of several trajectories, such as `Trajectory.predicted`, into two dimensions together.
-
-    ``neighbours`` in its graph are enough to reach across trajectories. The picture is the same at every call.
+    A trajectory is tied to where it was a slice before. Each bundle of a slice is centred, and its root mean square
+    radius is the true one, in the latents' own units (1 for pure noise).
     """
-    from umap import UMAP  # takes seconds to import
+    from umap import AlignedUMAP  # takes seconds to import
 
-    points = states.flatten(2).flatten(0, 1).numpy()
-    finite = np.isfinite(points).all(axis=1).sum()
-    if len(points) < 5 or finite < len(points):
-        raise ValueError(f"{len(points)} points, {finite} of them finite: give 5 or more")
-    mapper = UMAP(n_neighbors=min(neighbours, len(points) - 1), densmap=True, random_state=0, n_jobs=1)
-    return Projection(mapper.fit_transform(points).reshape(*states.shape[:2], 2), timesteps.numpy())
+    states = torch.cat([*bundles.values()]).flatten(2).numpy()
+    count, slices = states.shape[:2]
+    if count < 5 or slices < 2 or not np.isfinite(states).all():
+        raise ValueError(f"{count} trajectories of {slices} states: give 5 or more of 2 or more, all finite")
+    options = {"n_neighbors": min(neighbours, count - 1), "alignment_regularisation": 0.1, "random_state": 0}
+    same = [{i: i for i in range(count)}] * (slices - 1)
+    places = np.stack(AlignedUMAP(**options).fit([*states.swapaxes(0, 1)], relations=same).embeddings_, 1)
+    for rows in np.split(np.arange(count), np.cumsum([len(b) for b in bundles.values()])[:-1]):
+        true = states[rows].std(axis=0)  # [S, F], over the bundle
+        at = places[rows] - places[rows].mean(axis=0)
+        scale = np.sqrt(np.square(true).mean(axis=1)) / np.sqrt(np.square(at).sum(axis=2).mean(axis=0)).clip(1e-9)
+        places[rows] = at * scale[:, None]
+    return _table(bundles, timesteps, places)
+
+
+def linear(bundles: Mapping[str, Tensor], timesteps: Tensor, centres: Tensor) -> pd.DataFrame:
+    """The states on one line: the first principal component of x_t - ``centres`` [S, ...]; y is the second."""
+    states = (torch.cat([*bundles.values()]) - centres).flatten(2)
+    axes = torch.linalg.svd(states.flatten(0, 1), full_matrices=False).Vh[:2]
+    return _table(bundles, timesteps, (states @ axes.T).numpy())
+
+
+def _table(bundles: Mapping[str, Tensor], timesteps: Tensor, places: np.ndarray) -> pd.DataFrame:
+    names = np.repeat([*bundles], [len(b) * len(timesteps) for b in bundles.values()])
+    found = {"name": names, "trajectory": np.repeat(np.arange(len(places)), len(timesteps))}
+    flat = places.reshape(-1, 2)
+    return pd.DataFrame(found | {"t": np.tile(timesteps, len(places)), "x": flat[:, 0], "y": flat[:, 1]})

@@ -4,6 +4,10 @@
     BASINLAB_PROFILE=paper python notebooks/execute.py            # all, in the place of the committed ones
     python notebooks/execute.py 01_basin_observation.ipynb        # some, by name or path
     python notebooks/execute.py --out elsewhere                   # elsewhere/notebooks and elsewhere/figures
+    python notebooks/execute.py --figure 2                        # only what figure 2 needs, in build/figure-2
+
+A cell's tags say what it is for: "setup", "figure-2", "table-1". With ``--figure`` only such cells run, and those
+before them whose names they read.
 
 Only the profile "paper" writes the project's notebooks/ and figures/: a reader's run changes no committed file.
 
@@ -14,6 +18,7 @@ pictures too, where Jupyter and nbconvert look for it.
 """
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -88,6 +93,45 @@ def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
     return STYLED.sub(lambda match: tables[match[0]], text) + "\n"
 
 
+def names(code: str) -> tuple[set[str], set[str]]:
+    """The names that a cell binds, and those that it reads from cells before it."""
+    bound, read = set(), set()
+    for statement in ast.parse(code).body:
+        nodes = [*ast.walk(statement)]
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        stored |= {n.arg for n in nodes if isinstance(n, ast.arg)} | {getattr(statement, "name", "")}
+        loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        if isinstance(statement, ast.AugAssign):
+            loaded |= stored
+        elif isinstance(statement, ast.Assign):  # "x = f(x)" reads x; the names of comprehensions it does not
+            inner = [n for n in nodes if isinstance(n, ast.comprehension)]
+            loaded -= {n.id for part in inner for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+        else:
+            loaded -= stored
+        read |= loaded - bound
+        bound |= stored
+    return bound, read
+
+
+def only(notebook: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode | None:
+    """The notebook with its code of ``tag``, what that reads, and set-up; None where nothing has that tag."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [{*cell.metadata.get("tags", [])} & {tag, "setup"} for cell in cells]
+    if not any(tag in tags for tags in tagged):
+        return None
+    found, kept = [names(cell.source) for cell in cells], {i for i, tags in enumerate(tagged) if tags}
+    waiting = sorted(kept)
+    while waiting:
+        reader = waiting.pop()
+        for name in found[reader][1]:
+            binder = next((i for i in reversed(range(reader)) if name in found[i][0]), None)
+            if binder is not None and binder not in kept:
+                kept.add(binder)
+                waiting.append(binder)
+    notebook.cells = [cells[i] for i in sorted(kept)]
+    return notebook
+
+
 def execute(source: nbformat.NotebookNode, target: Path, pace: float) -> float:
     """Run ``source`` from top to bottom in the folder of ``target``, write it there; the seconds it took."""
     source.metadata.pop("widgets", None)  # of older editions
@@ -104,17 +148,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="names or paths (default: all that begin NN_)")
     parser.add_argument("--out", type=Path, help="folder of notebooks/ and figures/ (default: by profile, see above)")
+    parser.add_argument("--figure", help="only what this figure of the paper needs, such as 2 (or table-1)")
     options = parser.parse_args()
     paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
     paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
     if missing := [path.name for path in paths if not path.exists()]:
         parser.error(f"no notebook {', '.join(missing)} in {HERE}")
-    out = (options.out or (HERE.parent if PROFILE == "paper" else HERE.parent / "build" / PROFILE)).resolve()
+    tag = options.figure and (options.figure if "-" in options.figure else f"figure-{options.figure}")
+    usual = HERE.parent if PROFILE == "paper" and not tag else HERE.parent / "build" / (tag or PROFILE)
+    out = (options.out or usual).resolve()
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ["BASINLAB_OUT"] = str(out)  # the kernels write figures there
     sources = [nbformat.read(path, as_version=4) for path in paths]
+    if tag:
+        found = [(path, only(source, tag)) for path, source in zip(paths, sources, strict=True)]
+        paths, sources = [path for path, source in found if source], [source for _, source in found if source]
+        if not paths:
+            parser.error(f"no cell is tagged {tag}")
     pace = pace_of_this_machine()
-    ahead = [seconds_expected(source, pace) for source in sources]
+    ahead = [None if tag else seconds_expected(source, pace) for source in sources]
     if None not in ahead:
         expected = f"about {clock(sum(ahead))} minutes on this machine"
         print(f"{len(paths)} notebooks, {expected} (profile {PROFILE})", flush=True)

@@ -129,10 +129,9 @@ def test_funnel_width_is_interpolated_between_radii():
     rows = [("p", seed, 500, radius, radius > edge) for seed, edge in enumerate([1, 1, 3, 3]) for radius in (0, 2, 4)]
     rows += [("p", seed, 300, radius, False) for seed in range(4) for radius in (0, 2, 4)]
     table = pd.DataFrame(rows, columns=["prompt", "seed", "t", "push", "escaped"])
-    table["noise"] = table["t"] / 1000
     widths = basin.funnel_width(table).set_index("t")
-    assert widths.loc[500, "value"] == 1 and widths.loc[500, "n"] == 4  # a push of 2 times a noise of 0.5
-    assert widths.loc[500, "low"] <= 1 <= widths.loc[500, "high"]
+    assert widths.loc[500, "value"] == 2 and widths.loc[500, "n"] == 4
+    assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
     assert np.isinf(widths.loc[300, "value"])
 
 
@@ -144,17 +143,36 @@ def test_median_points_count_those_that_never_flip_at_the_ends():
     assert (found["low"] <= found["point"]).all() and (found["point"] <= found["high"]).all()
 
 
-def test_pushes_are_in_units_of_the_noise_for_a_scheduler_with_larger_states_too():
-    world, guidance = basinlab.MixtureDenoiser.with_duplicate(), basinlab.ConstantGuidance(3.0)
-    distance, radius, freed = basinlab.PlaneDistance(), 0.5, {}
-    for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
-        options = {"scheduler": scheduler, "progress": False}
-        run = basinlab.sample(world, "memorized", range(60), guidance, **options)
-        run = run[(distance(run.images(), world.duplicate.expand(60, -1, -1, -1)) <= 0.5).nonzero().flatten().tolist()]
-        t = run.timesteps.tolist()[20]
-        attractors = world.duplicate.expand(len(run), -1, -1, -1)
-        times = [run.timesteps.tolist()[0], t]  # the later one must not be measured in units of the first
-        pushes = basin.escapes(run, attractors, distance, radius, times, [0, 4], guidance, **options)
-        freed[scheduler] = pushes.query("t == @t").groupby("push")["escaped"].mean()
-    assert freed["EulerDiscreteScheduler"][0] == 0
-    assert freed["EulerDiscreteScheduler"][4] == pytest.approx(freed["DDIMScheduler"][4], abs=0.15)
+def test_aligned_magnitude_falls_at_each_trajectorys_own_point():
+    times = torch.arange(1000, 0, -20)
+    points = pd.DataFrame({"point": [700.0, 500.0, 300.0, float("nan")], "share": 0.8})
+    inside = times[None] > torch.tensor(points["point"].fillna(0).to_numpy())[:, None]
+    reference = torch.linspace(1, 5, len(times)).expand(2, -1)
+    magnitudes = torch.where(inside, 3.0, 1.0) * reference[0]  # three times an ordinary one inside, equal outside
+    table = basin.aligned_magnitude(magnitudes, times, points, reference).set_index("after")
+    assert (table["share"] == 0.8).all() and table.index.min() == -240 and table.index.max() == 240
+    assert table["value"][-80] == pytest.approx(3) and table["value"][80] == pytest.approx(1)
+    assert (table["n"] == 6).sum() >= 8  # three samples that flip, two steps a bin; the fourth is left out
+    mean = magnitudes.mean(dim=0) / reference[0]
+    assert mean[times == 600] < 2.5  # which a mean over trajectories hides
+
+
+def test_states_pushed_towards_another_run_are_captured_up_to_where_the_basin_ends():
+    world, distance, radius = basinlab.MixtureDenoiser.with_duplicate(), basinlab.PlaneDistance(), 0.5
+    guidance, options = basinlab.ConstantGuidance(3.0), {"progress": False}
+    run, free = (
+        basinlab.sample(world, "memorized", range(6), g, **options) for g in (guidance, basinlab.ConstantGuidance(0))
+    )
+    inside = np.flatnonzero(distance(run.images(), world.duplicate) <= radius)
+    run, free = run[inside], free[inside]
+    late, attractors = run.timesteps[-4:].tolist(), world.duplicate.expand(len(run), -1, -1, -1)
+    times = [int(run.timesteps[2]), *late]
+    table = basin.escapes(run, free, attractors, distance, radius, times, [0, 0.5, 1], guidance, **options)
+    escaped = table.groupby(["t", "push"])["escaped"].mean().unstack()
+    assert (escaped[0] == 0).all()  # not pushed: the captured run itself
+    assert escaped.loc[times[0], 1] < 0.5 < escaped.loc[late[-1], 1]  # the unguided state: captured early, free late
+    widths = basin.funnel_width(table).set_index("t")["value"]
+    assert widths[times[0]] > 1 > widths[late[-1]]
+    way = basin.on_the_way(free, run, free)
+    assert way[:, 0].isnan().all() and torch.allclose(way[:, 1:], torch.ones_like(way[:, 1:]), atol=1e-4)
+    assert torch.allclose(basin.on_the_way(run, run, free)[:, 1:], torch.zeros_like(way[:, 1:]), atol=1e-4)

@@ -151,25 +151,22 @@ def test_transition_points_are_those_of_the_flow(exact):
 
 
 def test_funnel_width_is_that_of_the_basin(exact):
-    guidance = ConstantGuidance(SCALE)
-    run = basinlab.sample(exact, "memorized", range(40), guidance, steps=100, batch_size=40, progress=False)
-    run = run[np.flatnonzero(captured(run.images().flatten(1).numpy()))]
-    times, radii = run.timesteps[[40, 85]].tolist(), [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    guidance, quiet = ConstantGuidance(SCALE), {"steps": 100, "batch_size": 500, "progress": False}
+    run, free = (basinlab.sample(exact, "memorized", range(40), g, **quiet) for g in (guidance, ConstantGuidance(0)))
+    inside = np.flatnonzero(captured(run.images().flatten(1).numpy()))
+    run, free = run[inside], free[inside]
+    times, places = run.timesteps[[65, 75, 85]].tolist(), [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     attractors = exact.duplicate.expand(len(run), 2, 1, 1)
-    options = {"batch_size": 500, "progress": False}
-    table = basin.escapes(run, attractors, PlaneDistance(), RADIUS, times, radii, guidance, **options)
+    quiet.pop("steps")
+    table = basin.escapes(run, free, attractors, PlaneDistance(), RADIUS, times, places, guidance, **quiet)
     widths = basin.funnel_width(table).set_index("t")
     for t in times:
-        states = run.latents[:, run.timesteps.tolist().index(t)].flatten(1).double().numpy()
-        around = np.linspace(0, 2 * np.pi, 12, endpoint=False)  # every direction, not one a trajectory
-        directions = np.sqrt(2) * np.stack([np.cos(around), np.sin(around)], 1)
-        escaped, noise = [], np.sqrt(1 - ALPHA_BARS[t])
-        for r in radii:
-            pushed = states[:, None] + r * noise * directions
-            escaped.append(1 - captured(ends(pushed.reshape(-1, 2), t)).mean())
+        start, end = (of.latents[:, of.timesteps.tolist().index(t)].flatten(1).double().numpy() for of in (run, free))
+        escaped = [1 - captured(ends(start + r * (end - start), t)).mean() for r in places]
         assert escaped[0] == 0 and table.query("push == 0 and t == @t")["escaped"].mean() == 0
-        expected = noise * np.interp(0.5, escaped, radii)
-        assert widths.loc[t, "low"] - 0.3 <= expected <= widths.loc[t, "high"] + 0.3
+        above = next(k for k, share in enumerate(escaped) if share >= 0.5)
+        expected = np.interp(0.5, escaped[above - 1 : above + 1], places[above - 1 : above + 1])
+        assert widths.loc[t, "low"] - 0.05 <= expected <= widths.loc[t, "high"] + 0.05
 
 
 def test_what_the_world_has_not_is_named():

@@ -1,7 +1,12 @@
 """Every notebook runs from its first cell to its last, and writes its figures."""
 
+import ast
+import builtins
+import copy
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+STORY = [name for name in NOTEBOOKS if name[:2] in ("00", "01", "02", "03")]
 
 
 def wordless_pictures(notebook: Path) -> list[int]:
@@ -26,17 +32,108 @@ def test_every_committed_picture_is_told_in_words(notebook):
     assert not wordless_pictures(ROOT / "notebooks" / notebook)
 
 
+def with_answers(notebook: str, folder: Path) -> Path:
+    """A copy of the notebook at whose end the code of its exercises' answers is run."""
+    content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+    text = "".join(cell.source for cell in content.cells if cell.cell_type == "markdown").partition("## Exercises")[2]
+    content.cells += [nbformat.v4.new_code_cell(code) for code in re.findall("```python\n(.*?)```", text, re.DOTALL)]
+    nbformat.write(content, folder / notebook)
+    return folder / notebook
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_and_writes_its_figures(notebook, tmp_path):
-    command = [sys.executable, str(ROOT / "notebooks/execute.py"), notebook, "--out", str(tmp_path)]
+def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path):
+    source = with_answers(notebook, tmp_path)
+    command = [sys.executable, str(ROOT / "notebooks/execute.py"), str(source), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not wordless_pictures(tmp_path / "notebooks" / notebook)
+    assert not wordless_pictures(tmp_path / "out/notebooks" / notebook)
     number = notebook.split("_")[0]
-    made, committed = ({p.name for p in (at / "figures").glob(f"{number}_*")} for at in (tmp_path, ROOT))
+    made, committed = ({p.name for p in (at / "figures").glob(f"{number}_*")} for at in (tmp_path / "out", ROOT))
     assert made == committed
-    manifest = json.loads((tmp_path / "figures/manifest.json").read_text()) if made else {}  # 04 saves no figure
+    manifest = json.loads((tmp_path / "out/figures/manifest.json").read_text()) if made else {}  # 04 saves no figure
     pictures = {Path(name).stem for name in made if name.endswith(".png")}
     assert pictures == set(manifest)
-    assert all({"weights", "prompts", "seeds", "versions", "commit"} <= set(entry) for entry in manifest.values())
+    told = {"weights", "prompts", "seeds", "section", "versions", "commit"}
+    assert all(told <= set(entry) for entry in manifest.values())
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    return importlib.import_module("paper")
+
+
+def test_the_page_of_the_paper_is_made_from_the_figures(paper):
+    assert (ROOT / "notebooks/paper.md").read_text(encoding="utf-8") == paper.page(), "run notebooks/paper.py"
+
+
+def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdict(paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "FIGURES", tmp_path)
+    entry = {"paper": "Fig. 6, Fig. 9", "section": "2.1"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"02_strip": entry, "00_scale": {"section": "0.4"}}))
+    (tmp_path / "02_strip.png").touch()
+    claims = "claim,value,low,high,n,goal,verdict\nthe outcome flips once: monotone,.95,.9,.98,64,at least .9,yes\n"
+    claims += "DTP: nothing is memorized,.2,.1,.3,64,at most .05,no\n"
+    (tmp_path / "02_claims.csv").write_text(claims)
+    lines = {line.split("|")[1].strip(): line for line in paper.page().splitlines() if line.startswith("| ")}
+    assert {*lines} >= {*(f"Fig. {n}" for n in range(1, 10)), *(f"Table {n}" for n in (1, 2, 3))}
+    sixth = lines["Fig. 6"]
+    assert "02_transition_point_sweep.ipynb" in sixth and "2.1" in sixth and "../figures/02_strip.png" in sixth
+    assert "0.95 [0.90, 0.98], n = 64; 0.20" in sixth and "**no**" in sixth  # the worst of its two claims
+    assert "**open**" in lines["Table 1"]
+
+
+def test_every_figure_and_table_of_the_paper_has_cells():
+    cells = [cell for name in NOTEBOOKS for cell in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells]
+    tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}
+    assert {*(f"figure-{n}" for n in range(1, 10)), *(f"table-{n}" for n in range(1, 4))} <= tags
+
+
+@pytest.mark.parametrize("notebook", STORY)
+def test_cells_are_short_and_every_picture_is_asked_about_before_and_told_after(notebook):
+    cells = nbformat.read(ROOT / "notebooks" / notebook, as_version=4).cells
+    assert max(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code") <= 15
+    asked = told = True
+    for cell in cells:
+        drawn = "plotting.save(" in cell.source and "mystnb" in cell.metadata
+        if cell.cell_type == "markdown":
+            asked, told = asked or "**Before you look" in cell.source, told or "**What to see" in cell.source
+        elif drawn:
+            assert told and asked, cell.source
+            asked, told = False, False
+
+
+def test_one_figure_runs_set_up_and_its_own_cells_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    only = importlib.import_module("execute").only
+    notebook = nbformat.read(ROOT / "notebooks/02_transition_point_sweep.ipynb", as_version=4)
+    count, kept = len(notebook.cells), only(notebook, "figure-2")
+    code = "\n".join(cell.source for cell in kept.cells)
+    assert 0 < len(kept.cells) < count / 2 and "02_story_" in code and "02_depends_on" not in code
+    assert "import basinlab" in code and kept.cells[-1].source.count("02_story_") == 1
+    assert only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None
+
+
+def names(code: str) -> tuple[set[str], set[str]]:
+    """The names that a cell binds, and those that it reads."""
+    nodes = [*ast.walk(ast.parse(code))]
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    imports = [alias for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names]
+    bound |= {(alias.asname or alias.name).split(".")[0] for alias in imports}
+    return bound, {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+@pytest.mark.parametrize("notebook", STORY)
+def test_a_figure_alone_has_all_cells_that_it_needs(notebook, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    only, whole = importlib.import_module("execute").only, nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+    for tag in {tag for cell in whole.cells for tag in cell.metadata.get("tags", [])} - {"setup"}:
+        known = {*dir(builtins)}
+        for cell in only(copy.deepcopy(whole), tag).cells:
+            bound, read = names(cell.source)
+            known |= bound
+            assert read <= known, (tag, read - known, cell.source)

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import needs_browser, shown
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.offsetbox import AnnotationBbox
 from PIL import Image
 
 from basinlab import plotting
@@ -80,25 +82,96 @@ GRID = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing
 PLANE = {"points": GRID, "inside": GRID[:, 0].view(3, 3) > 1, "arrows": (GRID, GRID), "centres": GRID}
 PLANE |= {"paths": {"captured": torch.zeros(2, 4, 2), "free": torch.ones(2, 4, 2)}, "attractor": torch.zeros(2)}
 METHODS = ROWS.assign(method=["CFG", "STP"], panel=["a", "b"])
-POINTS = pd.DataFrame({"measured": [500.0, float("nan")], "dynamic": 300.0})
+STRIP = pd.DataFrame({"picture": [torch.rand(3, 8, 8) for _ in "abc"], "label": ["from 9", "from 5", "never"]})
+STRIP = STRIP.assign(copied=[True, False, False], x=[900, 500, 0], y=[1.0, 0.2, float("nan")])
 
 
 @pytest.mark.parametrize(
     "draw, panels",
     [
         (lambda: plotting.planes({"t = 0": PLANE, "t = 9": {"attractor": torch.zeros(2)}}, 2.0), 2),
-        (lambda: plotting.bands(ROWS.assign(name="captured", of=["a", "b"]), "width", "of"), 2),
+        (lambda: plotting.dots(ROWS.assign(name="captured", of=["a", "b"]), "t", "name", "of", band=True), 2),
         (lambda: plotting.over_start(ROWS.rename(columns={"t": "start"}).assign(name="new and right"), "name"), 1),
         (lambda: plotting.dots(ROWS.assign(level=["x", "y"], of=["a", "b"]), "level", panel="of", ylabel="point"), 2),
         (lambda: plotting.intervals(METHODS, "panel"), 2),
-        (lambda: plotting.intervals(METHODS.assign(rule="with CFG"), "panel", hue="rule"), 2),
-        (lambda: plotting.magnitudes(torch.ones(2, 3), torch.tensor([900, 600, 300]), POINTS, ["a", "b"]), 4),
     ],
 )
 def test_each_figure_has_its_panels_and_can_be_written(draw, panels, tmp_path):
     figure = draw()
     assert len(figure.axes) == panels
     figure.savefig(tmp_path / "figure.pdf")
+    plt.close(figure)
+
+
+def boxes(axis):
+    return [artist for artist in axis.artists if isinstance(artist, AnnotationBbox)]
+
+
+def test_thumbnails_are_tied_to_their_places_and_copies_are_framed():
+    figure, axis = plt.subplots()
+    plotting.thumbnails(axis, STRIP)
+    found = boxes(axis)
+    assert [box.offsetbox.get_children()[0].get_text() for box in found] == STRIP["label"].tolist()
+    edges = [box.patch.get_edgecolor()[:3] == plotting.COLOURS["copied"] for box in found]
+    assert edges == [True, False, False]
+    assert [box.arrow_patch is not None for box in found] == [True, True, False]  # no place, no line
+    assert [box.xy for box in found[:2]] == [(900, 1.0), (500, 0.2)]
+    assert [box.xybox[0] for box in found] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    plt.close(figure)
+
+
+def test_a_story_has_a_panel_for_what_was_before_with_its_points_and_pictures():
+    before = ["no guidance before", "opposite guidance before"]
+    curves = pd.concat([ROWS.assign(before=name) for name in before])
+    strips = pd.concat([STRIP.assign(before=name) for name in before])
+    points = {"measured": 650.0, "static": 500.0, "dynamic": float("nan")}
+    marks = pd.DataFrame({"before": before[0], "name": list(points), "at": list(points.values())})
+    figure = plotting.dots(curves, "t", panel="before", band=True, strips=strips, marks=marks, xlim=(1000, 0))
+    left, right = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == before
+    assert [len(boxes(axis)) for axis in figure.axes] == [3, 3]
+    at = {line.get_label(): line.get_xdata()[0] for line in left.lines if line.get_label() in points}
+    assert at == {"measured": 650.0, "static": 500.0}  # where there is no point there is no line
+    assert not [line for line in right.lines if line.get_label() in points]
+    plt.close(figure)
+
+
+def test_starts_that_are_safe_and_right_are_gold_up_to_half_way_to_their_neighbours():
+    rows = pd.DataFrame({"start": [900, 800, 700], "value": 0.5, "low": 0.4, "high": 0.6, "gold": [False, True, False]})
+    figure = plotting.dots(rows, "start", band=True)
+    gold = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb("gold")]
+    assert [(patch.get_x(), patch.get_width()) for patch in gold] == [(750, 100)]
+    plt.close(figure)
+
+
+def test_single_lines_are_not_averaged_and_none_is_cut():
+    rows = [
+        (panel, name, f"{name} {i}", t, height * (i + 1))
+        for panel, height in (("no guidance", 1.0), ("opposite guidance", 5.0))
+        for name in ("memorized", "ordinary")
+        for i in range(3)
+        for t in (999, 500)
+    ]
+    figure = plotting.singles(pd.DataFrame(rows, columns=["panel", "name", "line", "t", "value"]), "magnitude")
+    drawn = [[line for line in axis.lines if len(line.get_xdata())] for axis in figure.axes]
+    assert [len(lines) for lines in drawn] == [6, 6]
+    assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_ylim()[1] >= 15  # axes are shared
+    colours = {to_hex(line.get_color()) for line in drawn[0]}
+    assert colours == {to_hex(plotting.COLOURS[name]) for name in ("memorized", "ordinary")}
+    plt.close(figure)
+
+
+def test_the_measured_basin_is_shaded_where_states_are_captured():
+    shares = pd.DataFrame([(t, r, float(r * 1000 < t)) for t in (900, 500, 100) for r in (0, 0.5, 1)])
+    shares.columns = ["t", "push", "value"]
+    half = pd.DataFrame({"t": [900, 500, 100], "value": [float("inf"), 0.5, 0.1]})
+    paths = pd.DataFrame({"name": ["captured", "unguided"] * 2, "t": [900, 900, 100, 100], "value": [0, 1] * 2})
+    figure = plotting.section(shares, half, paths, STRIP)
+    axis = figure.axes[0]
+    assert axis.collections[0].get_array().reshape(3, 3).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
+    lines = {line.get_label(): line for line in axis.lines}
+    assert lines["one half escapes"].get_ydata().tolist() == [1, 0.5, 0.1]  # no wall within the picture: its edge
+    assert lines["unguided"].get_xdata().tolist() == [900, 100] and len(boxes(axis)) == 3
     plt.close(figure)
 
 

@@ -7,29 +7,41 @@ from basinlab import projection
 TIMES = torch.tensor([900, 500, 100])
 
 
-def states(count=20, spread=1.0):
-    return spread * torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+def states(count, spread, seed=0):
+    """Trajectories [count, 3, 4, 2, 2] whose spread at each time is ``spread``."""
+    noise = torch.randn(count, 1, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(spread).view(1, 3, 1, 1, 1) * noise + 0.01 * torch.randn(count, 3, 4, 2, 2)
 
 
-def test_a_projection_is_reproducible_and_keeps_its_order():
-    found, again = (projection.project(states(), TIMES, neighbours=5) for _ in range(2))
-    assert found.coordinates.shape == (20, 3, 2) and np.array_equal(found.coordinates, again.coordinates)
-    first, rest = found.split([5, 15])
-    assert np.array_equal(first.coordinates, found.coordinates[:5]) and rest.coordinates.shape == (15, 3, 2)
-    row = found.table().iloc[3 * 7 + 1]
-    assert (row.trajectory, row.t) == (7, 500) and (row.x, row.y) == tuple(found.coordinates[7, 1])
+BUNDLES = {"memorized, CFG": states(8, [1.0, 0.5, 0.05]), "ordinary, CFG": states(8, [1.0, 1.0, 1.0], seed=1)}
 
 
-def test_densmap_keeps_a_crowd_narrower_than_a_scatter():
-    together = torch.cat([states(20, 0.1), 5 + states(20)])
-    crowd, scatter = projection.project(together, TIMES).split([20, 20])
-    assert crowd.coordinates.std(axis=(0, 1)).mean() < 0.7 * scatter.coordinates.std(axis=(0, 1)).mean()
+def test_each_bundle_has_its_true_width_at_each_time():
+    found = projection.umap(BUNDLES, TIMES, neighbours=5)
+    assert found.columns.tolist() == ["name", "trajectory", "t", "x", "y"] and len(found) == 16 * 3
+    assert found["trajectory"].nunique() == 16 and found["t"].tolist()[:3] == TIMES.tolist()
+    for name, bundle in BUNDLES.items():
+        for step, t in enumerate(TIMES.tolist()):
+            place = found[(found["name"] == name) & (found["t"] == t)][["x", "y"]].to_numpy()
+            drawn = np.sqrt(np.square(place).sum(axis=1).mean())
+            true = float((bundle[:, step] - bundle[:, step].mean(dim=0)).square().mean().sqrt())
+            assert drawn == pytest.approx(true, rel=1e-3)
+            assert np.abs(place.mean(axis=0)).max() < 1e-4  # centred
+
+
+def test_the_linear_view_is_the_direction_of_most_spread_from_the_centre():
+    bundle = torch.zeros(5, 3, 1, 2, 2)
+    bundle[:, :, 0, 0, 1] = torch.arange(-2.0, 3)[:, None]
+    found = projection.linear({"a": bundle + 7}, TIMES, torch.full((3, 1, 2, 2), 7.0))
+    across = found[found["t"] == 500]["x"].to_numpy()
+    assert np.abs(across).tolist() == pytest.approx([2, 1, 0, 1, 2], abs=1e-5)
+    assert found["y"].abs().max() < 1e-5
 
 
 def test_what_cannot_be_projected_is_refused():
-    with pytest.raises(ValueError, match="3 points, 3 of them finite"):
-        projection.project(states(1), TIMES)
-    bad = states()
+    with pytest.raises(ValueError, match="1 trajectories of 3 states"):
+        projection.umap({"a": states(1, [1.0, 1.0, 1.0])}, TIMES)
+    bad = states(6, [1.0, 1.0, 1.0])
     bad[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="60 points, 59 of them finite"):
-        projection.project(bad, TIMES)
+    with pytest.raises(ValueError, match="all finite"):
+        projection.umap({"a": bad}, TIMES)

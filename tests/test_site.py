@@ -14,7 +14,8 @@ import pytest
 from conftest import needs_browser, shown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))] + ["facilitating", "index"]
+PAGES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+PAGES += ["facilitating", "index", "paper", "study-notes.ko"]
 WIDTHS = {"phone": 390, "desktop": 1280}
 
 # loads a page in a frame of a device's width and writes down what a reader would meet
@@ -42,6 +43,10 @@ def site(tmp_path_factory):
     return folder
 
 
+def pages(site):
+    return [(page, (site / f"{page}.html").read_text()) for page in PAGES]
+
+
 class Links(HTMLParser):
     """Local targets of a page."""
 
@@ -66,6 +71,17 @@ def test_every_notebook_is_a_page_in_the_contents_and_the_search(site):
 def test_no_link_or_picture_within_the_pages_is_broken(site):
     links = {(page, link) for page in PAGES for link in Links((site / f"{page}.html").read_text()).found}
     assert not {(page, link) for page, link in links if link and not (site / link).exists()}
+
+
+def test_pages_need_no_network_for_scripts_styles_and_formulas(site):
+    loaded = {
+        page: re.findall(r'<(?:script|link)[^>]*(?:src|href)="(https?:[^"]*)', html) for page, html in pages(site)
+    }
+    assert not {page: addresses for page, addresses in loaded.items() if addresses}
+    html = (site / "01_basin_observation.html").read_text()
+    formulas = re.findall(r'<img src="data:image/svg[^>]*alt="([^"]*)" class="formula"', html)
+    assert len(formulas) >= 10 and any("Phi" in tex for tex in formulas)
+    assert "\\(" not in html  # none is left to a script
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,209 @@
+"""Write notebooks/paper.md, the paper figure by figure, from figures/: ``python notebooks/paper.py``.
+
+Which of our pictures belongs to which of the paper's is in figures/manifest.json (keys ``paper`` and ``section``), and
+our numbers are in the tables beside the pictures. ``make figures PROFILE=paper`` calls it at the end.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+FIGURES = Path(os.environ.get("BASINLAB_OUT", HERE.parent)) / "figures"
+HEAD = """# The paper, figure by figure
+
+Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Memorization*, CVPR 2025
+([arXiv 2411.16738](https://arxiv.org/abs/2411.16738)). Each of its figures and tables, where it is here, its number
+beside ours, and a verdict: **yes**, **no**, **undecided** (our 95% interval lies across the goal), or **can't be asked
+here**. Theirs are of Stable Diffusion, ours of a small model whose truth is known: compare what happens, not the
+units. This page is made by `notebooks/paper.py` from the tables in `figures/`.
+
+| paper | what is on it, and the paper's number | here | ours | verdict, and why |
+|---|---|---|---|---|
+"""
+BELIEFS = [  # a sentence, the table and the beginning of the claim that says how far it holds
+    ("Guidance from the first step makes the copy.", "02_claims", "too early is memorized"),
+    ("When it starts decides: the outcome flips once.", "02_claims", "the outcome flips once"),
+    ("Never guided, the caption is lost.", "02_claims", "too late loses the text"),
+    ("Reversed guidance leaves sooner, by so many timesteps.", "02_claims", "opposite guidance leaves sooner"),
+    ("The magnitude's minimum is the exit.", "02_claims", "it is the exit"),
+    ("One static point releases every copy.", "02_claims", "STP: nothing is memorized"),
+    ("And it keeps the text.", "02_claims", "STP: the text is kept"),
+]
+TAIL = """
+## What this model cannot say
+
+* It was *built* to have an exit: memorized captions also came with other pictures. Without that there is none
+  (notebook 00, exercise 2). So a *yes* shows that the mechanism is possible, not how common it is.
+* It is one world of one kind of picture, and small.
+* Its judges (the descriptor, CLIP) were trained on the same world.
+* A small model can refute "this always works". It cannot show that it works, or fails, on Stable Diffusion.
+  [Notebook 04](04_stable_diffusion.ipynb) asks that of the published checkpoints; scenario 4 has no table in the
+  paper, and can't be asked here.
+"""
+
+
+def table(name: str) -> pd.DataFrame:
+    """The table ``figures/NAME.csv``."""
+    return pd.read_csv(FIGURES / f"{name}.csv")
+
+
+def told(row, form: str = ".2f") -> str:
+    """A row's value with its interval and number of samples."""
+    return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}], n = {row['n']:.0f}"
+
+
+def claim(name: str, start: str, form: str = ".2f") -> tuple[str, str]:
+    """What was found of the claim in figures/NAME.csv whose text begins so, and its verdict."""
+    found = table(name)
+    row = found[found["claim"].str.startswith(start)].iloc[0]
+    return told(row, form), row["verdict"]
+
+
+def both(*found: tuple[str, str]) -> tuple[str, str]:
+    """Several findings as one, whose verdict is the worst of theirs."""
+    worst = next(word for word in ("no", "undecided", "yes", "reported") if word in [verdict for _, verdict in found])
+    return "; ".join(text for text, _ in found), worst
+
+
+def basin_narrows() -> tuple[str, str]:
+    half = table("01_basin_measured").sort_values("t", ascending=False)
+    first, last = half.iloc[0], half.iloc[-1]
+    text = f"half escape at {first['value']:.2g} of the way to the unguided state at t = {first['t']:.0f}, "
+    text += (
+        f"at {last['value']:.2f} [{last['low']:.2f}, {last['high']:.2f}] at t = {last['t']:.0f} (n = {last['n']:.0f})"
+    )
+    return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
+
+
+def flips(before: str) -> tuple[str, str]:
+    parts, found = [], []
+    for letter in "abc":
+        rows = table(f"02_story_{letter}").query("before == @before")
+        copies, new = rows.loc[rows["copied"], "start"], rows.loc[~rows["copied"], "start"]
+        parts.append(f"{copies.min():.0f} / {new.max():.0f}" if len(copies) and len(new) else "no flip")
+        found.append(len(copies) > 0 and len(new) > 0 and copies.min() > new.max())
+    return "last copy / first new picture: " + ", ".join(parts), "yes" if all(found) else "no"
+
+
+def signature() -> tuple[str, str]:
+    lines = table("02_magnitude").query("panel == 'no guidance'")
+    first = lines[lines["t"] == lines["t"].max()].groupby("name")["value"].median()
+    ratio = first["memorized"] / first["ordinary"]
+    text = f"medians at T {first['memorized']:.2f} against {first['ordinary']:.2f}, {ratio:.1f} to 1; "
+    near, verdict = claim("02_claims", "it is the exit")
+    return text + f"minimum within 60 timesteps of the measured point: {near}", verdict if ratio >= 4 else "no"
+
+
+def cliff() -> tuple[str, str]:
+    lines = table("03_norms").query("scenario == 'emoji-finetuned' and name == 'difference'")
+    lines = lines.sort_values("t", ascending=False).reset_index()
+    fall = (lines["value"].cummax() / lines["value"]).max()
+    text = f"{lines['value'].iloc[0]:.2f} at T, largest {lines['value'].max():.2f}, last {lines['value'].iloc[-1]:.2f}"
+    return f"{text}; falls to {1 / fall:.0%} of what it was before", "yes" if fall >= 2 else "no"
+
+
+def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[str, str]:
+    """Whether ``method`` copies less than CFG beyond doubt, by the summary of notebook 03."""
+    rows = table("03_table").query("scenario == @scenario and group == 'memorized' and measure == @measure")
+    rows = rows.set_index("method")
+    cfg, own = rows.loc["CFG"], rows.loc[method]
+    verdict = "yes" if own["high"] < cfg["low"] else "no" if own["low"] > cfg["high"] else "undecided"
+    return f"{method} {told(own)}, CFG {told(cfg)}", verdict
+
+
+WEAK = "memories of a small share of duplicates have a shallow basin, and a small dip"
+ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
+    ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
+     "few trajectories of one prompt"),
+    ("Fig. 2", "One prompt: the last copy at 779, the first new picture at 759.",
+     lambda: flips("no guidance before"), "some samples are copied at no start, or at every one"),
+    ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner.",
+     lambda: both(flips("opposite guidance before"), claim("02_claims", "opposite guidance leaves sooner", ".0f")),
+     "pairs that do not flip on both sides are not counted"),
+    ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
+     cliff, "how gently a model was fine-tuned sets whether it has an exit"),
+    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
+     lambda: claim("03_claims", "STP, finetuned, memorized: copied"), "this model's basin is left later, or never"),
+    ("Fig. 6", "Duplicated: each prompt flips at another start; the dynamic column is new.",
+     lambda: both(claim("02_claims", "the outcome flips once"), claim("02_claims", "DTP: nothing is memorized")),
+     WEAK),
+    ("Fig. 7", "Magnitude at T 4 to 8 against 0.3 to 0.5; it falls almost vertically at the exit, each at its time.",
+     signature, WEAK),
+    ("Fig. 8", "Grid: training picture, earlier methods, STP, OG + STP.",
+     lambda: claim("03_claims", "OG + STP, finetuned, memorized: copied"), "its basin is left later, or never"),
+    ("Fig. 9", "Grid: DTP and OG + DTP.", lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied"), WEAK),
+    ("Table 1", "95th percentile of the similarity: none .6504, STP .2857, OG + STP .3811.",
+     lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")),
+     "the points were tuned on another scenario"),
+    ("Table 2", "none .3702, CFG from 700 .3018, from 600 .2756.", lambda: lower("emoji-classes", "STP"),
+     "a copy is one of twenty pictures of a class"),
+    ("Table 3", "none .7977, DTP .5885, OG + DTP .6915 (mean .5513, .2866, .2844).",
+     lambda: both(lower("emoji-duplicated", "DTP"), lower("emoji-duplicated", "OG + DTP")),
+     "the 95th percentile is that of the few samples which a rule leaves copied"),
+    ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.", lambda: claim("02_claims", "no extra cost", ".0f"), ""),
+]  # fmt: skip
+
+
+def belief(sentence: str, name: str, start: str) -> str:
+    """A line of what we now believe."""
+    found, verdict = found_or_open(lambda: claim(name, start))
+    return f"* {sentence} **{verdict}** ({found})"
+
+
+def found_or_open(find: Callable) -> tuple[str, str]:
+    """What ``find()`` gives, or that its tables are not there."""
+    try:
+        return find()
+    except (FileNotFoundError, KeyError, IndexError, pd.errors.UndefinedVariableError):
+        return "not made yet", "open"
+
+
+def where(name: str, entry: dict) -> str:
+    notebook = next((path.name for path in HERE.glob(f"{name[:2]}_*.ipynb")), "")
+    return f"[{name[:2]}, {entry['section']}]({notebook})"
+
+
+def tagged(tag: str) -> str:
+    """The first section with a cell of that tag, for what is a table in the notebook and no picture."""
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        section = ""
+        for cell in json.loads(path.read_text())["cells"]:
+            section = (re.findall(r"^## (\d+\.\d+)", "".join(cell["source"]), re.MULTILINE) or [section])[-1]
+            if tag in cell["metadata"].get("tags", []):
+                return f"[{path.name[:2]}, {section}]({path.name})"
+    return ""
+
+
+def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:
+    """A line of the page's table."""
+    pictures = {n: e for n, e in manifest.items() if item in e.get("paper", "").split(", ")}
+    places = ", ".join(dict.fromkeys(where(name, entry) for name, entry in pictures.items()))
+    places = places or tagged(item.lower().replace(" ", "-"))
+    drawn = [name for name in pictures if (FIGURES / f"{name}.png").exists()]
+    drawn.sort(key=lambda name: (name.startswith("00"), "classes" in name, "error" in name, name))
+    thumbnails = " ".join(f"![Our {item}: {name}](../figures/{name}.png)" for name in drawn[:2])
+    ours, verdict = found_or_open(find)
+    because = f"; a likely cause: {why}" if why and verdict in ("no", "undecided") else ""
+    return f"| {item} | {shown} | {places} {thumbnails} | {ours} | **{verdict}**{because} |"
+
+
+def page() -> str:
+    """The text of paper.md, as the tables in figures/ have it."""
+    manifest = json.loads((FIGURES / "manifest.json").read_text())
+    lines = "\n".join(row(*item, manifest) for item in ITEMS).replace(" inf", " ∞")
+    beliefs = "\n".join(belief(*item) for item in BELIEFS)
+    return f"{HEAD}{lines}\n\n## What we now believe\n\n{beliefs}\n{TAIL}"
+
+
+def main() -> None:
+    (HERE / "paper.md").write_text(page(), encoding="utf-8")
+    print(f"{len(ITEMS)} figures and tables of the paper in {HERE / 'paper.md'}")
+
+
+if __name__ == "__main__":
+    main()
