@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import basinlab
 from basinlab import basin, metrics, scenarios
-from recipe import evaluate, scorecard
+from recipe import evaluate, evaluate_next, scorecard, scorecard_next
 
 MAIN = scenarios.read("emoji-duplicated")
 DATA = basinlab.data_folder()
@@ -77,6 +78,29 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
     run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, progress=False)
     found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
     assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
+
+
+def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(bundled, tmp_path, monkeypatch):
+    few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
+    few["ordinary"] = MAIN.table("ordinary").head(3)
+    plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
+    swept = [(group, few["template" if group == "template" else "memorized"], range(4), *rest)
+             for group, _, _, *rest in evaluate_next.sweeps(MAIN)]  # fmt: skip
+    monkeypatch.setattr(evaluate_next, "plan", lambda scenario: plan)
+    monkeypatch.setattr(evaluate_next, "sweeps", lambda scenario: swept)
+    monkeypatch.setattr(evaluate_next, "STARTS", (999, 0))
+    monkeypatch.setattr(scorecard_next, "HELD_OUT", 4)
+    table = evaluate_next.evaluate(MAIN, tmp_path, steps=4)
+    others = {name: table[table["group"] == "sweep"] for name in ("emoji-finetuned", "emoji-classes")}
+    monkeypatch.setattr(bundled, "timesteps", lambda: [999, 666, 333, 0], raising=False)
+    card = scorecard_next.scorecard(table, bundled, scenarios.Judges(MAIN), others)
+    assert len(card) > 40 and {*card["verdict"]} <= {"yes", "no", "undecided", "reported"}
+    assert card["claim"].is_unique and (card["n"] > 0).all()
+
+
+@pytest.mark.parametrize("curve, expected", [([1, 4, 2, 2], 0.5), ([1, 1, 1, 1], 0.0), ([1, 4, 4, 1], 0.0)])
+def test_the_largest_fall_is_within_a_hundred_timesteps_and_relative_to_the_peak(curve, expected):
+    assert scorecard_next.largest_fall(np.array([curve], float), np.array([900, 800, 700, 550])) == expected
 
 
 def test_what_made_the_weights_is_recorded():
