@@ -1,8 +1,8 @@
 """Training that goes on elsewhere: ``python -m recipe.milestone save`` before a machine is left, ``load`` on the next.
 
-``save`` writes data/next: the finished ones of VAE, decoder, CLIP and descriptor, and the averaged weights of U-Net and
-text encoder, as plain fp16 folders, with the step and settings in training.json. ``load`` makes checkpoints of them in
-build/world, from which ``make world`` goes on. The optimizer's moments are not kept; the rate warms up again instead.
+``save`` writes data/next: of each stage the finished weights, or the averaged ones of an unfinished one, as plain fp16
+folders, with what made them, or the step reached, in training.json. ``load`` makes of them what lay in build/world, and
+``make world`` goes on. The optimizer's moments are not kept; the rate warms up again instead.
 """
 
 import json
@@ -13,62 +13,75 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch import nn
 from transformers import CLIPModel, CLIPTextModel, ResNetForImageClassification
 
 from . import export, train
+from .__main__ import BASE, DATA, build
 
-DATA = Path(__file__).resolve().parents[1]
 WORK, NEXT = DATA.parent / "build" / "world", DATA / "next"
-PARTS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
-FINISHED = {
-    "vae": AutoencoderKL,
-    "decoder": AutoencoderKL,
-    "clip": CLIPModel,
-    "descriptor": ResNetForImageClassification,
-}
+KINDS = {"vae": {"": AutoencoderKL}, "decoder": {"": AutoencoderKL}, "clip": {"": CLIPModel}}
+KINDS |= {"descriptor": {"": ResNetForImageClassification}}
+KINDS |= {"unet": {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}}
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The models of a stage, by the name of their folder."""
+    return (
+        {"unet": module["unet"], "text_encoder": module["text"]} if isinstance(module, nn.ModuleDict) else {"": module}
+    )
+
+
+def _averaged(name: str, work: Path) -> tuple[dict, dict]:
+    """The models of an unfinished stage, and how far it is."""
+    settings, state = train.SETTINGS[name], torch.load(work / name / "state.pt", map_location="cpu", weights_only=True)
+    module = build(name, settings, work, False, False).module
+    average = EMAModel(module.parameters())
+    average.load_state_dict(state["average"])
+    average.copy_to(module.parameters())
+    reached = {key: state[key] for key in ("step", "seconds", "batch", "start")}
+    return _parts(module), reached | {"rate": train.rate_at(state["step"], settings)}
 
 
 def save(work: Path = WORK, out: Path = NEXT) -> None:
     """Write what is needed to go on from ``work`` into ``out``."""
-    state = torch.load(work / "unet" / "state.pt", map_location="cpu", weights_only=True)
-    stage = train.UNetStage(train.SETTINGS["unet"], work / "vae" / "model")
-    average = EMAModel(stage.module.parameters())
-    average.load_state_dict(state["average"])
-    average.copy_to(stage.module.parameters())
-    for part, module in zip(PARTS, (stage.module["unet"], stage.module["text"]), strict=True):
-        module.half().save_pretrained(out / part)
     made = {}
-    for name, kind in FINISHED.items():
+    for name in [name for name in BASE if (work / name / "losses.csv").exists()]:
         if (work / name / "made.json").exists():
-            kind.from_pretrained(work / name / "model").half().save_pretrained(out / name)
+            models = {part: kind.from_pretrained(work / name / "model" / part) for part, kind in KINDS[name].items()}
             made[name] = json.loads((work / name / "made.json").read_text())
+        else:
+            models, made[name] = _averaged(name, work)
+        for part, model in models.items():
+            model.half().save_pretrained(out / name / part)
+        export.without_paths(out / name)
+        shutil.copyfile(work / name / "losses.csv", out / name / "losses.csv")
     export.without_paths(out)
-    for name in (*made, "unet"):
-        shutil.copyfile(work / name / "losses.csv", out / f"{name}-losses.csv")
-    reached = {key: state[key] for key in ("step", "seconds", "batch", "start")}
-    reached["rate"] = train.rate_at(state["step"], train.SETTINGS["unet"])
-    (out / "training.json").write_text(json.dumps({**made, "unet": reached}, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 def load(out: Path = NEXT, work: Path = WORK) -> None:
-    """Make checkpoints in ``work``, where there are none yet, of what `save` wrote."""
-    if (work / "unet" / "state.pt").exists():
+    """Make in ``work``, where there are none yet, the finished stages and checkpoints that `save` wrote."""
+    if list(work.glob("*/state.pt")):
         sys.exit(f"{work} already holds a checkpoint: move it away first")
     made = json.loads((out / "training.json").read_text())
-    for name in FINISHED.keys() & made.keys():
-        FINISHED[name].from_pretrained(out / name).float().save_pretrained(work / name / "model")
-        (work / name / "made.json").write_text(json.dumps(made[name], indent=1))
-    (work / "unet").mkdir(parents=True, exist_ok=True)
-    for name in made:
-        shutil.copyfile(out / f"{name}-losses.csv", work / name / "losses.csv")
-    settings, state = train.SETTINGS["unet"], {key: made["unet"][key] for key in ("step", "seconds", "batch", "start")}
-    stage = train.UNetStage(settings, work / "vae" / "model")
-    for (part, kind), module in zip(PARTS.items(), (stage.module["unet"], stage.module["text"]), strict=True):
-        module.load_state_dict(kind.from_pretrained(out / part).float().state_dict())
-    average = EMAModel(stage.module.parameters(), decay=settings.average)
-    average.optimization_step = state["step"]
-    state |= {"module": stage.module.state_dict(), "average": average.state_dict(), "optimizer": None}
-    train.save(state, work / "unet" / "state.pt")
+    for name, note in sorted(made.items(), key=lambda item: BASE.index(item[0])):
+        models = {part: kind.from_pretrained(out / name / part).float() for part, kind in KINDS[name].items()}
+        (work / name).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / name / "losses.csv", work / name / "losses.csv")
+        if "versions" in note:  # it was finished
+            for part, model in models.items():
+                model.save_pretrained(work / name / "model" / part)
+            (work / name / "made.json").write_text(json.dumps(note, indent=1))
+            continue
+        module = build(name, train.SETTINGS[name], work, False, False).module
+        for part, target in _parts(module).items():
+            target.load_state_dict(models[part].state_dict())
+        average = EMAModel(module.parameters(), decay=train.SETTINGS[name].average)
+        average.optimization_step = note["step"]
+        state = {key: note[key] for key in ("step", "seconds", "batch", "start")}
+        state |= {"module": module.state_dict(), "average": average.state_dict(), "optimizer": None}
+        train.save(state, work / name / "state.pt")
 
 
 if __name__ == "__main__":
