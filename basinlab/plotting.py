@@ -203,8 +203,11 @@ def dots(
             axis.plot([], [], "s", color="none", markeredgecolor=COLOURS["copied"], label="a copy")
     for _, axis, rows in panels:  # when all is drawn: they share an axis
         axis.set(**axes)
-        if not pd.api.types.is_numeric_dtype(rows[x]) and rows[x].nunique() > 12:
-            axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
+        if not pd.api.types.is_numeric_dtype(rows[x]):
+            if rows[x].nunique() > 12:
+                axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
+            elif rows[x].astype(str).str.len().sum() > 30:  # they would overlap
+                plt.setp(axis.get_xticklabels(), rotation=30, horizontalalignment="right")
     if axis.get_legend_handles_labels()[1]:
         axis.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
