@@ -9,7 +9,9 @@ import sys
 
 from common import by_column, write
 
-ROUNDS, SCRIPT = 5, """
+ROUNDS, SCRIPT = (
+    5,
+    """
 import json, time
 began = time.perf_counter()
 import basinlab
@@ -20,7 +22,8 @@ basinlab.sample(denoiser, "true pretzel sun room other year", 0, progress=False)
 done = time.perf_counter()
 print(json.dumps({"import basinlab, s": imported - began, "load after that, s": loaded - imported,
                   "first image after import, s": done - imported}))
-"""
+""",
+)
 
 if __name__ == "__main__":
     told = [subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, check=True) for _ in range(ROUNDS)]

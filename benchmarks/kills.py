@@ -1,6 +1,6 @@
 """Kill the notebooks, and a grid of two processes, at random moments: what is made in the end is the same to the bit.
 
-    python benchmarks/kills.py --kills 50         # hours on 2 cores; half of the kills for each
+python benchmarks/kills.py --kills 50         # hours on 2 cores; half of the kills for each
 """
 
 import argparse
