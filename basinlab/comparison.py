@@ -105,11 +105,11 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
-    """Every method at the setting best on the held-out prompts, its only one or, with a warning, its second one."""
+    """Methods at the setting best on the held-out prompts, or at their only one; one not tuned yet is left out."""
     every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
     if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
-        warnings.warn(f"no tuning of {', '.join(missing)}: the authors' setting, rescaled (`make tune`)", stacklevel=2)
-    return {name: tried[best.get(name, 1) if len(tried) > 1 else 0] for name, tried in every.items()}
+        warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
+    return {name: tried[best.get(name, 0)] for name, tried in every.items() if name not in missing}
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
@@ -208,7 +208,8 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
     """The digest of what a comparison depends on: weights, judges, prompts, methods, seeds, steps."""
     parts = [PROFILES[profile]["steps"]]
     for scenario in scenarios:
-        parts += [scenario.load().settings(), Judges(scenario).settings() | {"second": None}]  # it is optional
+        judges = {name: of for name, of in Judges(scenario).settings().items() if name != "second"}  # it is optional
+        parts += [scenario.load().settings(), judges]
         for *grid, rows, seeds, tried in plan(scenario, profile):
             settings = [[*name, *map(describe, setting)] for name, setting in tried.items()]
             parts.append([*grid, rows["prompt"].tolist(), len(seeds), settings])
