@@ -25,7 +25,8 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     tuning = pd.DataFrame(rows, columns=["method", "setting", "new_and_right"]).sample(frac=1, random_state=0)
     assert comparison.best_settings(tuning) == {name: int(name != "CFG") for name in methods}
     chosen = comparison.tuned(MAIN)
-    assert {*chosen} == {*methods} and describe(chosen["CFG"][0])["guidance_scale"] == MAIN.guidance_scale
+    known = comparison.best_settings(pd.read_csv(basinlab.data_folder() / comparison.MAIN / "tuning.csv"))
+    assert {*chosen} == {*known} <= {*methods} and describe(chosen["CFG"][0])["guidance_scale"] == MAIN.guidance_scale
     both = comparison.pairs(chosen)
     assert {*both} == {(prior, None, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
     assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
