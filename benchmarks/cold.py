@@ -9,7 +9,8 @@ import sys
 
 from common import by_column, write
 
-ROUNDS, SCRIPT = 5, """
+ROUNDS = 5
+SCRIPT = """
 import json, time
 began = time.perf_counter()
 import basinlab
