@@ -56,8 +56,8 @@ class Bisection:
 def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
     """Start times as timesteps of a scheduler, falling, each with the step at which guidance begins.
 
-    A start between two timesteps begins at the later one, with a warning. One below the last timestep is never and
-    becomes 0; where 0 is a timestep, it is guidance at that one step. ``None`` is every fourth timestep and never.
+    A start between two timesteps begins at the later one, with a warning; one below the last becomes 0, never (where 0
+    is a timestep: guidance at that one step). ``None`` is every fourth timestep and never.
     """
     times = [int(t) for t in timesteps]
     given = sorted({int(t) for t in ([*times[::4], 0] if starts is None else starts)}, reverse=True)
@@ -139,8 +139,7 @@ def sweep(
 
     ``starts`` are timesteps, see `start_steps`. ``before`` and ``after`` are the guidance before the start and from it
     on, by default none (scale 0) and CFG 7.5; ``after`` may not remember steps, as a dynamic transition point does.
-    ``measure`` makes both predictions before the start too, for the guidance magnitude. ``folder`` keeps finished
-    blocks of ``batch_size`` samples, so that a killed sweep goes on.
+    ``measure`` is that of `sample`. A killed sweep goes on from the blocks of ``batch_size`` samples in ``folder``.
 
     >>> from basinlab import MixtureDenoiser
     >>> sweep(MixtureDenoiser.with_duplicate(), "memorized", [0], progress=False).starts
@@ -169,8 +168,8 @@ def bisect(
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
     Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures
-    [N, 3, height, width], of the samples with these N indices, are captured, [N] bool. ``judged_by`` says in words what
-    it decides by; files in ``folder`` depend on it. Options are those of `sweep`.
+    [N, 3, height, width], of the samples with these N indices, are captured, [N] bool; ``judged_by`` says in words by
+    what, which files in ``folder`` depend on. Options are those of `sweep`.
 
     >>> from basinlab import MixtureDenoiser, PlaneDistance
     >>> world, distance = MixtureDenoiser.with_duplicate(), PlaneDistance()

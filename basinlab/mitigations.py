@@ -4,7 +4,7 @@ A `Mitigation` changes prompt, embedding, attention or initial noise of every sa
 depends on the seed, apart from the initial noise.
 
 Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scale with the square root of the latent's
-size, guidance magnitudes at T, which are norms of epsilon's differences, with sqrt(alpha_bar_T) as well.
+size, guidance magnitudes at T with sqrt(alpha_bar_T) as well.
 """
 
 from collections.abc import Sequence
@@ -22,30 +22,26 @@ from .sampling import Mitigation, State, sample
 from .store import kept, output_folder
 
 
-def _key(mitigation: Mitigation, seed: int, *more: int) -> list[int]:
-    """The seed of a random stream of one mitigation of one sample."""
-    return [seed, crc32(type(mitigation).__name__.encode()), *more]
+def _random(mitigation: Mitigation, seed: int, *more: int) -> np.random.Generator:
+    """The random stream of one mitigation of one sample."""
+    return np.random.default_rng([seed, crc32(type(mitigation).__name__.encode()), *more])
 
 
 def _noise(mitigation: Mitigation, state: State, *more: int) -> Tensor:
     """Unit Gaussian noise of the embeddings' shape, [B, L, E], one stream a sample."""
-    streams = [np.random.default_rng(_key(mitigation, seed, *more)) for seed in state.seeds]
+    streams = [_random(mitigation, seed, *more) for seed in state.seeds]
     drawn = [rng.standard_normal(state.conditional.shape[1:], np.float32) for rng in streams]
     return torch.from_numpy(np.stack(drawn)).to(state.conditional)
 
 
 @dataclass(frozen=True)
 class _Insertion(Mitigation):
-    """``count`` words put into the prompt, each at a random place.
-
-    The inference-time mitigations of Somepalli et al., NeurIPS 2023 (arXiv 2305.20086, sd_mitigation.py), who insert 4.
-    """
+    """``count`` words at random places of the prompt (Somepalli et al., NeurIPS 2023, arXiv 2305.20086; theirs: 4)."""
 
     count: int = 4
 
     def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
-        rng = np.random.default_rng(_key(self, seed, crc32(prompt.encode())))
-        words = prompt.split()
+        rng, words = _random(self, seed, crc32(prompt.encode())), prompt.split()
         for _ in range(self.count):
             words.insert(int(rng.integers(len(words) + 1)), self._word(prompt, rng, denoiser))
         return " ".join(words)
@@ -89,8 +85,8 @@ class ConditionAnnealing(Mitigation):
     """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
     y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma rises from 0 at
-    t >= ``first`` to 1 at t <= ``last``. In their letters ``first`` and ``last`` are tau_2 and tau_1, and ``mixing``
-    is psi, 1 for full rescaling. The defaults are those of the official script of Jain et al.
+    ``first`` (their tau_2) to 1 at ``last`` (tau_1); ``mixing`` (psi) is 1 for full rescaling. The defaults are those
+    of the official script of Jain et al.
     """
 
     scale: float = 0.1
@@ -116,9 +112,8 @@ class ConditionAnnealing(Mitigation):
 class CrossAttentionMask(Mitigation):
     """Cross-attention without the tokens after the prompt, and more of it to the begin token.
 
-    Ren et al., ECCV 2024 (arXiv 2403.11052). The padding after a prompt repeats its end token and sums the prompt up;
-    it is masked, and with ``keep_end=False`` the first end token too. The begin token's logits are multiplied by
-    ``begin_scale``, theirs 1.25.
+    Ren et al., ECCV 2024 (arXiv 2403.11052). The padding, which repeats the end token and sums the prompt up, is
+    masked, with ``keep_end=False`` the first end token too. Logits of the begin token are times ``begin_scale``, 1.25.
     """
 
     begin_scale: float = 1.25
@@ -180,11 +175,10 @@ class _Descent(Mitigation):
 
 @dataclass(frozen=True)
 class PromptOptimization(_Descent):
-    """The embedding moved until the guidance magnitude at the first step is small.
+    """The embedding moved until the guidance magnitude at the first step is at most ``target``.
 
     Wen et al., ICLR 2024 (arXiv 2407.21720, their aug_prompt): min over e of ||eps(x_T, e) - eps(x_T, e_empty)||, by
-    AdamW on all tokens but the begin token. A sample stops at the magnitude ``target``, theirs 3 for Stable Diffusion
-    1.4; their ``rate`` and ``iterations`` are 0.05 and 10.
+    AdamW on all tokens but the begin token. Defaults are theirs for Stable Diffusion 1.4.
     """
 
     target: float = 3.0
@@ -201,10 +195,9 @@ class PromptOptimization(_Descent):
 
 @dataclass(frozen=True)
 class NoiseDescent(_Descent):
-    """Initial noise moved until the guidance magnitude at T is small, by AdamW.
+    """Initial noise moved by AdamW until the guidance magnitude at T is at most ``target``.
 
-    Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||. A sample stops at the
-    magnitude ``target``, theirs 0.9; their ``rate`` and ``iterations`` are 0.01 and 1000.
+    Han et al., NeurIPS 2025 (arXiv 2510.08625), per sample: min over x_T of ||eps_c - eps_u||. Defaults are theirs.
     """
 
     target: float = 0.9
@@ -244,8 +237,8 @@ class SharpnessAwareNoise(_Descent):
     """SAIL: initial noise where the conditional density is flat.
 
     Jeon et al., ICML 2025 (arXiv 2412.04140, algorithm 2): Adam on the guidance magnitude ``radius`` ahead along the
-    guidance, which stands for the sharpness, plus ``pull`` times the norm of the noise, until the sum is at most
-    ``target``. Theirs draws new noise for a sample that misses it; here it keeps what it reached. Defaults are theirs.
+    guidance (the sharpness) plus ``pull`` times the norm of the noise, until the sum is at most ``target``. Theirs
+    draws new noise for a sample that misses it; here it keeps what it reached. Defaults are theirs.
     """
 
     calls, optimizer = 4, torch.optim.Adam
@@ -288,8 +281,8 @@ class Reanchoring(Mitigation):
 
     def begin(self, state):
         above = (_norm(_difference(state, state.latents, state.conditional)) > self.limit)[:, None, None]
-        streams = [np.random.default_rng(_key(self, seed)) for seed in state.seeds]
-        texts = [" ".join(rng.permutation(text.split())) for rng, text in zip(streams, state.texts, strict=True)]
+        of = zip(state.seeds, state.texts, strict=True)
+        texts = [" ".join(_random(self, seed).permutation(text.split())) for seed, text in of]
         state.unconditional = torch.where(above, state.conditional, state.unconditional)
         state.conditional = torch.where(above, state.denoiser.embed(texts), state.conditional)
         state.calls = state.calls + 2
@@ -319,8 +312,8 @@ def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, st
 class StabilityRegion(Mitigation):
     """Norms of prediction, update and latents kept within ``gamma`` deviations of their mean over ordinary ``prompts``.
 
-    "Broken Memories", KDD 2026 (arXiv 2605.22050), has no published code: a replication from a description. Norms are
-    those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
+    Replicated from the description of "Broken Memories", KDD 2026 (arXiv 2605.22050), which has no published code.
+    Norms are those of CFG at ``guidance_scale``, measured once for a model and kept in build/.
     """
 
     gamma: float

@@ -1,4 +1,4 @@
-"""From a name to a denoiser: ``load`` gives Definition 1 of the paper, phi(x, t, e), with what belongs around it.
+"""From a name to a denoiser: ``load`` gives Definition 1 of the paper, phi(x, t, e).
 
 Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are those of the training
 schedule, from T - 1 = 999 down to 0.
@@ -98,7 +98,8 @@ class TokenAttention:
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
         mask = None
         if encoder_hidden_states is not None and token_scale is not None:
-            key, mask = key * token_scale[:, None, :, None], (token_scale != 0)[:, None, None]
+            scale = token_scale[:, : key.shape[2]]  # XL's embedding has one row more, which is not attended to
+            key, mask = key * scale[:, None, :, None], (scale != 0)[:, None, None]
         if encoder_hidden_states is not None and spikes is not None and self.early:
             highest = (query @ key.mT).amax(dim=2) * attn.scale  # [B, heads, L]
             deviation, mean = torch.std_mean(highest[..., 1:], dim=2, keepdim=True)
@@ -149,8 +150,6 @@ class StableDiffusion(Denoiser):
         inputs = self._inputs(latents, embedding)
         with ExitStack() as stack:
             if attention:
-                if "token_scale" in attention:
-                    attention["token_scale"] = attention["token_scale"][:, : inputs["encoder_hidden_states"].shape[1]]
                 inputs["cross_attention_kwargs"], before = attention, self.unet.attn_processors
                 stack.callback(self.unet.set_attn_processor, before)
                 self.unet.set_attn_processor({at: TokenAttention(not at.startswith("up_blocks")) for at in before})
@@ -198,8 +197,8 @@ def load(
 ) -> StableDiffusion:  # fmt: skip
     """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
 
-    ``name`` is a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or the id of one in
-    the Hugging Face cache. Nothing is downloaded, and only safetensors are read. ``unet`` is the folder of a fine-tuned
+    ``name`` is a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or its id in the
+    Hugging Face cache. Nothing is downloaded, and only safetensors are read. ``unet`` is the folder of a fine-tuned
     U-Net: all its weights, or those that changed. ``resolution`` is the pictures' side in pixels.
 
     >>> load("emoji-duplicated").embed(["a picture of a tomato", "an owl"]).shape[0]
@@ -220,8 +219,6 @@ def load(
     scheduler, shape = _scheduler(pipeline, folder), _latent_shape(pipeline, resolution)
     if unet is not None:
         _overlay(pipeline.unet, Path(unet), folder)
-    for part in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
-        part.eval().requires_grad_(False)
     called = own.name if own.resolve() == (data_folder() / own.name).resolve() else str(name)
     return kind(called, scheduler, torch.device(device), shape, pipeline.to(device))
 
@@ -242,8 +239,6 @@ def _folder(name: str) -> Path:
 
 
 def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
-    if not (folder / "model_index.json").exists():
-        raise ValueError(f"{folder} has no model_index.json: give a folder that a pipeline's save_pretrained wrote")
     parts = json.loads((folder / "model_index.json").read_text())
     if (ours := _KINDS.get(parts["_class_name"])) is None:
         raise ValueError(f"{folder} holds a {parts['_class_name']}, not one of {list(_KINDS)}")
@@ -257,17 +252,16 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[type, DiffusionPipeline
     options = {**options, "variant": "fp16" if halves - whole else None, "use_safetensors": True}
     with _reading(folder), without_bars():
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-        for name, module in pipeline.components.items():
-            if isinstance(module, torch.nn.Module) and (missing := _keys(module.state_dict()) - _held(folder / name)):
-                raise ValueError(f"{name} lacks {sorted(missing)[:3]}")  # the libraries leave these random
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                files = (folder / name).glob("*.safetensors")
+                held = _keys(key for path in files for key in safe_open(path, "pt").keys())  # noqa: SIM118
+                if missing := _keys(part.state_dict()) - held:  # the libraries leave these random
+                    raise ValueError(f"{name} lacks {sorted(missing)[:3]}")
+                part.eval().requires_grad_(False)
     if ours is StableDiffusionXL and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its decoder overflows in float16
     return ours, pipeline
-
-
-def _held(folder: Path) -> set[str]:
-    """The tensors' names in the safetensors of ``folder``."""
-    return _keys([key for path in folder.glob("*.safetensors") for key in safe_open(path, "pt").keys()])  # noqa: SIM118
 
 
 def _keys(names: Iterable[str]) -> set[str]:
@@ -330,11 +324,11 @@ def _reading(folder: Path):  # says of a damaged file where it is, and what help
 @contextmanager
 def without_bars():
     """The libraries' loading bars off for a while: a notebook would keep them all, stuck at their first state."""
-    shown = [bars for bars in (diffusers_logging, transformers_logging) if bars.is_progress_bar_enabled()]
     with ExitStack() as stack:
-        for bars in shown:
-            bars.disable_progress_bar()
-            stack.callback(bars.enable_progress_bar)
+        for bars in (diffusers_logging, transformers_logging):
+            if bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                stack.callback(bars.enable_progress_bar)
         yield
 
 

@@ -47,10 +47,9 @@ class Samples:
         """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) calls, gradient_passes."""
         table = pd.DataFrame({"prompt": self.prompts, "seed": self.seeds}).assign(calls=self.network_calls)
         table["gradient_passes"] = getattr(self, "gradient_passes", 0 * self.network_calls)
-        if not hasattr(self, "starts"):
-            return table
-        table = table.loc[table.index.repeat(len(self.starts))].reset_index(drop=True)
-        return table.assign(start=np.tile(self.starts, len(self)))
+        if hasattr(self, "starts"):
+            table = table.merge(pd.DataFrame({"start": self.starts}), how="cross")
+        return table
 
 
 @dataclass(repr=False)
@@ -189,8 +188,8 @@ BOTH = ("pred_cond", "pred_uncond")  # diffusers' names of the two predictions
 def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure: bool = False) -> Iterator:
     """Take the samples of ``state``, in place, from step ``first`` to the last.
 
-    Only the predictions that ``guidance`` needs are made; with ``measure`` both. Guidance sees epsilon, whatever the
-    network predicts. Yields after each step the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
+    ``guidance`` gets the predictions that it needs, as epsilon whatever the network predicts; with ``measure`` both are
+    made. Yields after each step the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
     """
     denoiser, timesteps = state.denoiser, state.scheduler.timesteps
     takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
@@ -351,7 +350,7 @@ def sample(
     """Sample every prompt with every seed.
 
     ``mitigations`` is one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
-    diffusers guider with the two predictions; without one it is CFG 7.5. ``scheduler`` names a diffusers class.
+    diffusers guider with the two predictions, by default CFG 7.5. ``scheduler`` names a diffusers class.
     ``batch_size`` bounds memory, not results. Without ``record`` only the last latents are kept. With ``measure`` both
     predictions are made at every step, so that the guidance magnitude is known everywhere.
 

@@ -29,7 +29,7 @@ def read_list(path: Path, format: str = "csv") -> pd.DataFrame:
     """The prompts in ``path``, a row each.
 
     "csv" has a column prompt, the bundled ones more; "wen" JSON lines with caption, url and index; "lines" one prompt a
-    line; "pairs" is a folder of texts; "dcr" a JSON object, image's path -> its captions, of which the first is used.
+    line; "pairs" is a folder of texts; "dcr" a JSON object, image's path -> its captions (the first is used).
     """
     if format == "csv":
         table = pd.read_csv(path, keep_default_na=False)
@@ -144,12 +144,12 @@ class Judges:
         self.objects = sorted({name for table in tables.values() for name in table.get("object", [])})
         for group, table in tables.items():
             if self.distance and "attractor" in table:
-                known = table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"]
-                for prompt, paths in known:
-                    self._files[prompt] = [*paths]
+                known = table.dropna(subset="attractor").groupby("prompt", sort=False)["attractor"].agg(list)
+                self._files |= known.to_dict()
+                for prompt, paths in known.items():
                     self._learn(prompt, [read_pictures([path]) for path in paths])  # of all sizes
                 if group == "memorized" and len(known):
-                    self.learned = torch.cat([self.references[prompt] for prompt, _ in known])
+                    self.learned = torch.cat([self.references[prompt] for prompt in known.index])
 
     def _made(self, make, *given):
         """What ``make(*given)`` gives; None, and a notice, where a file is missing."""

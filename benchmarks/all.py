@@ -17,17 +17,7 @@ from common import RESULTS
 HERE = Path(__file__).parent
 RUNS = ["cold.py", "limits.py", "limits.py --dtype bfloat16", "sampling.py"]
 RUNS += ["sweep.py", "sweep.py --dtype bfloat16", "scaling.py"]
-NAMES = "cold limits-float32 limits-bfloat16 sampling sweep-float32 sweep-bfloat16 scaling random".split()
-
-
-def against_official() -> pd.DataFrame:
-    """The ratios of speed in official.csv, in the columns of the others."""
-    if not (RESULTS / "official.csv").exists():
-        return pd.DataFrame()
-    table = pd.read_csv(RESULTS / "official.csv").dropna(subset="ratio")
-    table = table.rename(columns={"ratio": "median", "ratio lowest": "lowest", "ratio highest": "highest"})
-    names = {"benchmark": "official", "figure": table["case"] + ": ours / the script", "of": "images a second, float32"}
-    return table.assign(**names)
+NAMES = "cold limits-float32 limits-bfloat16 sampling sweep-float32 sweep-bfloat16 scaling official".split()
 
 
 def main() -> None:
@@ -44,7 +34,7 @@ def main() -> None:
     tables = {name: RESULTS / f"{name}.csv" for name in NAMES}
     found = [pd.read_csv(path).assign(benchmark=name) for name, path in tables.items() if path.exists()]
     columns = ["benchmark", "figure", "median", "lowest", "highest", "rounds", "of"]
-    table = pd.concat([*found, against_official()])[columns]
+    table = pd.concat(found)[columns]
     table.to_csv(RESULTS / "table.csv", index=False)
     text = "# What was measured\n\nRatios are of one run. " + f"Machine: {platform.machine()}, {platform.system()}.\n\n"
     (RESULTS / "table.md").write_text(text + table.to_markdown(index=False, floatfmt=".4g") + "\n")

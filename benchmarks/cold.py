@@ -9,9 +9,8 @@ import sys
 
 from common import by_column, write
 
-ROUNDS, SCRIPT = (
-    5,
-    """
+ROUNDS = 5
+SCRIPT = """
 import json, time
 began = time.perf_counter()
 import basinlab
@@ -22,8 +21,7 @@ basinlab.sample(denoiser, "true pretzel sun room other year", 0, progress=False)
 done = time.perf_counter()
 print(json.dumps({"import basinlab, s": imported - began, "load after that, s": loaded - imported,
                   "first image after import, s": done - imported}))
-""",
-)
+"""
 
 if __name__ == "__main__":
     told = [subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, check=True) for _ in range(ROUNDS)]

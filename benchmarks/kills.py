@@ -18,57 +18,48 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 GRID = f"{LAUNCH} --dynamo_backend no --main_process_port 0 --module basinlab.comparison emoji-duplicated"
-COMMANDS = {
-    "notebooks": lambda out: [str(ROOT / "notebooks/execute.py"), "--out", str(out)],
-    "grid": lambda out: [*GRID.split(), "--profile", "tiny", "--out", str(out / "table.parquet")],
-}
+COMMANDS = {"notebooks": [f"{ROOT}/notebooks/execute.py", "--out", "."]}
+COMMANDS["grid"] = [*GRID.split(), "--profile", "tiny", "--out", "table.parquet"]
 
 
-def start(name: str, out: Path) -> subprocess.Popen:
-    (out / "cwd").mkdir(parents=True, exist_ok=True)
-    environment = {"BASINLAB_PROFILE": "tiny", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(name: str, folder: Path) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {"BASINLAB_PROFILE": "tiny", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    command = [sys.executable, *COMMANDS[name](out)]
-    return subprocess.Popen(command, cwd=out / "cwd", env=os.environ | environment, **options)
+    return subprocess.Popen([sys.executable, *COMMANDS[name]], cwd=folder, env=environment, **options)
 
 
-def tables(out: Path) -> dict[str, pd.DataFrame]:
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """All tables that were written, without what tells the time."""
     read = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    found = {path.name: read[path.suffix](path) for path in out.glob("**/*") if path.suffix in read}
+    found = {path.name: read[path.suffix](path) for path in folder.glob("**/*") if path.suffix in read}
     return {name: table.drop(columns="seconds", errors="ignore") for name, table in found.items()}
 
 
-def survives(name: str, kills: int, rng: random.Random, folder: Path) -> tuple[float, int]:
-    """Seconds of an undisturbed run; raises AssertionError where one that was killed ends otherwise."""
+def survives(name: str, kills: int, rng: random.Random, whole: Path, killed: Path) -> str:
+    """What was done, in words; AssertionError where a run that was killed ends otherwise than a ``whole`` one."""
     began = time.monotonic()
-    assert start(name, folder / "whole").wait() == 0
+    assert start(name, whole).wait() == 0
     seconds = time.monotonic() - began
     for _ in range(kills):
-        run = start(name, folder / "killed")
+        run = start(name, killed)
         time.sleep(rng.uniform(0, seconds))
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    assert start(name, folder / "killed").wait() == 0
-    whole, killed = tables(folder / "whole"), tables(folder / "killed")
-    assert whole.keys() <= killed.keys(), whole.keys() - killed.keys()
-    for table in whole:
-        pd.testing.assert_frame_equal(killed[table], whole[table], check_exact=True)
-    stray = [path.name for path in (folder / "killed").glob("**/*") if "part" in path.suffix]
+    assert start(name, killed).wait() == 0
+    expected, found = tables(whole), tables(killed)
+    assert expected.keys() <= found.keys(), expected.keys() - found.keys()
+    for table in expected:
+        pd.testing.assert_frame_equal(found[table], expected[table], check_exact=True)
+    stray = [path.name for path in killed.glob("**/*") if "part" in path.suffix]
     assert not stray, stray
-    return seconds, len(whole)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for name in COMMANDS:
-        with tempfile.TemporaryDirectory() as folder:
-            seconds, count = survives(name, options.kills // 2, random.Random(options.seed), Path(folder))
-        print(f"{name}: {options.kills // 2} kills of a run of {seconds:.0f} s, {count} tables the same to the bit")
+    return f"{name}: {kills} kills of a run of {seconds:.0f} s, {len(expected)} tables the same to the bit"
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    for each in COMMANDS:
+        with tempfile.TemporaryDirectory() as out:
+            folders = Path(out, "whole"), Path(out, "killed")
+            print(survives(each, parser.parse_args().kills // 2, random.Random(0), *folders))

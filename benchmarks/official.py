@@ -104,9 +104,7 @@ class Shim:
     def __init__(self, job: Job):
         self.job = job
         self.changes = ["basinlab is imported first: it lets a torchvision of another build than torch's import"]
-        self.pictures: list[Picture] = []
-        self.passes: list[Pass] = []
-        self.noise: list[Tensor] = []
+        self.pictures, self.passes, self.noise = [], [], []  # a `Picture`, `Pass`, Tensor each
         self.steps, self.predictions = None, 0
         self.namespace = {"__name__": "__main__", "__file__": job.script, **job.names}
 
@@ -309,14 +307,12 @@ class Official:
         model = str(Path(denoiser.pipeline.config._name_or_path).resolve())
         side = str(8 * denoiser.latent_shape[-1])  # the scripts divide by 8
         self.common = ["--pretrained_model_name_or_path", model, "--img_size", side, "--outdir", "output"]
-        self.unet = {DYNAMIC: "nowhere", OPPOSITE: f"{model}/unet"}
+        self.unet = {DYNAMIC: ["--unet_path", "nowhere"], OPPOSITE: ["--unet_path", f"{model}/unet"]}
         self.changes: dict[str, set[str]] = {}  # of each change the cases
 
     def run(self, case: Case, pairs: Sequence[tuple[str, int]], record: bool = True) -> Record:
         prompts, seeds = zip(*pairs, strict=True)
-        arguments = [*self.common, "--end_iter", str(len(pairs)), *case.arguments]
-        if case.script in self.unet:
-            arguments += ["--unet_path", self.unet[case.script]]
+        arguments = [*self.common, "--end_iter", str(len(pairs)), *case.arguments, *self.unet.get(case.script, [])]
         job = Job(str(self.scripts[case.script]), arguments, case.names, list(seeds), record, **case.changes)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -381,9 +377,6 @@ def compared(case: Case, record: Record, denoiser: Denoiser, prompts: Sequence[s
     }
 
 
-SPEEDS = ("official images/s", "ours images/s", "ratio")
-
-
 def timed(official: Official, case: Case, denoiser: Denoiser, prompts: Sequence[str]) -> dict[str, float]:
     """Images a second of either side; the script's first picture warms up, uncounted."""
     pairs = [(prompts[i % len(prompts)], FIRST_SEED + i) for i in range(THEIR_IMAGES + 1)]
@@ -393,33 +386,30 @@ def timed(official: Official, case: Case, denoiser: Denoiser, prompts: Sequence[
     run = basinlab.sample(denoiser, prompts, seeds, case.guidance, steps=STEPS, record=False, progress=False)
     run.images()
     ours = len(run) / (time.perf_counter() - began)
-    return dict(zip(SPEEDS, (theirs, ours, ours / theirs), strict=True))
+    return {"the script, images/s": theirs, "ours, images/s": ours, "ours / the script": ours / theirs}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--job"]:
         return run_job(Path(sys.argv[2]))
+    from common import write  # as a script, not in the tests
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help=f"folder of a clone of {REPOSITORY}")
     scripts, denoiser = found_scripts(parser.parse_args().clone), basinlab.load("emoji-duplicated")
     official = Official(scripts, denoiser, timeout=600)
     every = basinlab.scenarios.read(denoiser.name).table()["prompt"].tolist()
     pairs = [(prompt, seed) for prompt in every[:PROMPTS] for seed in SEEDS]
-    agreement, rounds = [], []
+    agreement, speed = [], {}
     for case in cases():
         agreement.append(compared(case, official.run(case, pairs), denoiser, every[:PROMPTS], SEEDS))
         print(agreement[-1], flush=True)
     for case in [case for case in cases() if not case.changes.get("epsilon")] * ROUNDS:
-        rounds.append({"case": case.name, **timed(official, case, denoiser, every[:8])})
-        print(rounds[-1], flush=True)
-    speed = pd.DataFrame(rounds, columns=["case", *SPEEDS]).groupby("case", sort=False)
-    told = {"rounds": speed.size()}
-    for name in SPEEDS:
-        told |= {name: speed[name].median(), f"{name} lowest": speed[name].min(), f"{name} highest": speed[name].max()}
-    speed = pd.DataFrame(told).reset_index()
-    table = pd.DataFrame(agreement).merge(speed, on="case", how="left")
-    table.to_csv(RESULTS / "official.csv", index=False, float_format="%.4g")
-    (RESULTS / "official.md").write_text(report(official, agreement, speed, denoiser))
+        for name, value in timed(official, case, denoiser, every[:8]).items():
+            speed.setdefault(f"{case.name}: {name}", []).append(value)
+    pd.DataFrame(agreement).to_csv(RESULTS / "official-agreement.csv", index=False, float_format="%.4g")
+    table = write("official", speed, "float32, CPU").drop(columns="of")
+    (RESULTS / "official.md").write_text(report(official, agreement, table, denoiser))
 
 
 def report(official: Official, agreement: list[dict], speed: pd.DataFrame, denoiser: Denoiser) -> str:

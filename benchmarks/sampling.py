@@ -3,8 +3,8 @@
 Both sides have the same weights, steps and guidance scale, pictures decoded, in alternating rounds; the figures that
 count are ratios of images a second. Also told: the share of our time inside the U-Net's forward, and the peak memory.
 
-    python benchmarks/sampling.py                                          # the bundled checkpoint
-    python benchmarks/sampling.py --random --device cuda --dtype bfloat16  # Stable Diffusion 1.4's sizes
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16 --out build
 """
 
 import argparse
@@ -15,26 +15,6 @@ import torch
 from common import RESULTS, clocked, peak_gib, seconds_of, write
 
 import basinlab
-from basinlab.models import StableDiffusion
-
-
-def random_weights(device: str, dtype: torch.dtype, tiny: bool) -> StableDiffusion:
-    """Stable Diffusion 1.4 with random weights, and the bundled checkpoint's words and noise schedule."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    bundled = basinlab.load("emoji-duplicated").pipeline
-    channels, coder = ((32,) * 4, (8,) * 4) if tiny else ((320, 640, 1280, 1280), (128, 256, 512, 512))
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(block_out_channels=coder, layers_per_block=2, down_block_types=down, up_block_types=up,
-                        norm_num_groups=8, scaling_factor=0.18215)  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=8 if tiny else 64, cross_attention_dim=768, block_out_channels=channels)
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(bundled.tokenizer), **text, eos_token_id=1))
-    parts = {"vae": vae, "unet": unet, "text_encoder": text, "tokenizer": bundled.tokenizer}
-    pipeline = StableDiffusionPipeline(**parts, scheduler=bundled.scheduler, **basinlab.models.UNCHECKED)
-    shape, pipeline = (4, *[unet.config.sample_size] * 2), pipeline.to(device, dtype)
-    return StableDiffusion("random", bundled.scheduler, torch.device(device), shape, pipeline)
 
 
 def measured(ways: dict, rounds: int, inside: list[float], device: str) -> dict[str, list[float]]:
@@ -55,8 +35,7 @@ def measured(ways: dict, rounds: int, inside: list[float], device: str) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", action="store_true", help="random weights in Stable Diffusion 1.4's sizes")
-    parser.add_argument("--tiny", action="store_true", help="the same in sizes whose figures mean nothing")
+    parser.add_argument("--model", default="emoji-duplicated", help="as `basinlab.load` takes it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch", type=int, default=32)
@@ -65,10 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args()
     device, dtype, few = options.device, getattr(torch, options.dtype), min(options.batch, 4)
-    if options.random or options.tiny:
-        denoiser = random_weights(device, dtype, options.tiny)
-    else:
-        denoiser = basinlab.load("emoji-duplicated", device=device, dtype=dtype)
+    denoiser = basinlab.load(options.model, device=device, dtype=dtype)
     pipeline = denoiser.pipeline
     pipeline.set_progress_bar_config(disable=True)
     common = {"steps": options.steps, "batch_size": options.batch, "record": False, "progress": False}
@@ -90,9 +66,8 @@ def main() -> None:
     columns = measured(ways, options.rounds, clocked(denoiser.unet, device), device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak_gib()
     columns["peak memory GiB"] = [peak]
-    size = "a rehearsal at tiny size" if options.tiny else denoiser.name
-    note = f"{size}, batches of {options.batch}, {options.steps} steps, {options.dtype}, {options.device}"
-    write("sampling" if denoiser.name != "random" else "random", columns, note, options.out)
+    note = f"{options.model}, batches of {options.batch}, {options.steps} steps, {options.dtype}, {options.device}"
+    write("sampling", columns, note, options.out)
 
 
 if __name__ == "__main__":

@@ -43,22 +43,13 @@ def shown(address: str, profile) -> str:
 def tiny_folder(tmp_path_factory):
     """A StableDiffusionPipeline folder: a small U-Net, random weights, predictions of unit size."""
     torch.manual_seed(0)
-    words, three = models.tokenizer(), ("Block2D",) * 3
-    vae = diffusers.AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(24, 48, 96),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        down_block_types=[f"DownEncoder{kind}" for kind in three],
-        up_block_types=[f"UpDecoder{kind}" for kind in three],
-        mid_block_add_attention=False,
-    )
+    words, coder = models.tokenizer(), {"latent_channels": 4, "block_out_channels": (24, 48, 96), "scaling_factor": 0.8}
+    coder |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = diffusers.AutoencoderKL(**coder, norm_num_groups=8, sample_size=64, mid_block_add_attention=False)
     small = {"block_out_channels": (16, 32, 32), "sample_size": 16, "in_channels": 4, "out_channels": 4}
     unet = diffusers.UNet2DConditionModel.from_config({**models.unet().config, **small})
     with torch.no_grad():
         unet.conv_out.weight.mul_(3)
-    vae.register_to_config(scaling_factor=0.8)
     folder = tmp_path_factory.mktemp("tiny")
     parts = {"vae": vae, "text_encoder": models.text_encoder(words), "tokenizer": words, "unet": unet}
     pipeline = diffusers.StableDiffusionPipeline(**parts, scheduler=models.scheduler(), **basinlab.models.UNCHECKED)
@@ -69,6 +60,15 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return basinlab.load(str(tiny_folder))
+
+
+@pytest.fixture
+def rows(tiny):
+    """A list that fills with the rows of every network call of ``tiny``."""
+    seen = []
+    hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    yield seen
+    hook.remove()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import close
 
 import basinlab
 from basinlab import comparison, mitigations, scenarios
@@ -48,17 +47,6 @@ def test_norms_are_measured_on_ordinary_prompts_that_are_not_compared():
     assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
 
 
-@pytest.mark.parametrize("method", ["GUARD", "APG", "CFG-Zero*"])
-def test_the_later_methods_sample_and_do_not_depend_on_the_batch(tiny, method):
-    setting, options = comparison.methods(MAIN)[method][1], {"steps": 5, "progress": False}
-    prompts = ["a picture of a tomato", "dream second top hat found first"]
-    together = basinlab.sample(tiny, prompts, [0, 1, 2], setting, **options)
-    alone = basinlab.sample(tiny, prompts[1], 2, setting, **options)
-    close(together.latents[-1:], alone.latents)
-    plain = basinlab.sample(tiny, prompts, [0, 1, 2], comparison.methods(MAIN)["CFG"][0], **options)
-    assert (plain.latents - together.latents).abs().max() > 1e-3
-
-
 def test_published_scenarios_get_the_authors_settings():
     scenario = scenarios.read("sd21-laion10k")
     methods = comparison.methods(scenario)
@@ -76,16 +64,15 @@ def test_settings_are_chosen_on_prompts_that_are_not_compared():
         assert not held_out & {prompt for _, _, rows, *_ in comparison.plan(MAIN, profile) for prompt in rows["prompt"]}
 
 
-def test_the_paper_profile_has_the_size_that_is_stated():
-    sizes = {name: {} for name in comparison.SCENARIOS}
-    for name, groups in sizes.items():
-        for of, group, rows, seeds, tried in comparison.plan(scenarios.read(name), "paper"):
-            if of == "methods":
-                groups[group] = len(rows)
-                assert (len(seeds), len(tried)) == (4, 23)
-    assert sizes["emoji-duplicated"] == {"memorized": 32, "template": 16, "ordinary": 32}
-    assert sizes["emoji-finetuned"] == {"memorized": 16, "ordinary": 16}
-    assert sizes["emoji-classes"] == {"memorized": 10, "ordinary": 16}  # there are no more classes
+@pytest.mark.parametrize("name, sizes", [
+    ("emoji-duplicated", {"memorized": 32, "template": 16, "ordinary": 32}),
+    ("emoji-finetuned", {"memorized": 16, "ordinary": 16}),
+    ("emoji-classes", {"memorized": 10, "ordinary": 16}),  # there are no more classes
+])  # fmt: skip
+def test_the_paper_profile_has_the_size_that_is_stated(name, sizes):
+    grids = [grid for grid in comparison.plan(scenarios.read(name), "paper") if grid[0] == "methods"]
+    assert {group: len(rows) for _, group, rows, *_ in grids} == sizes
+    assert {(len(seeds), len(tried)) for *_, seeds, tried in grids} == {(4, 23)}
 
 
 @dataclass(frozen=True)
@@ -177,9 +164,6 @@ def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
     assert value(rows, "OG + STP", "similarity_95")["value"] == pytest.approx(0.9)
     cmmd = value(rows, "STP", "cmmd")
     assert cmmd["low"] < cmmd["value"] < cmmd["high"]
-
-
-def test_an_outcome_without_exception_still_has_an_interval(rows):
     none, every = (value(rows, name, "copied")[["value", "low", "high"]].tolist() for name in ("STP", "CFG"))
     assert none == pytest.approx([0, 0, 0.037], abs=1e-3) and every == pytest.approx([1, 0.963, 1], abs=1e-3)
 
@@ -197,14 +181,6 @@ def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
     assert not {"diversity", "cmmd", "object_right", "seconds"} & set(rows["measure"]) and rows["value"].notna().all()
     row = rows.query("measure == 'copied'").iloc[0]
     assert row["n"] == 160 and 0.95 < row["low"] < 1  # Wilson's: a bootstrap has no width
-
-
-def test_settings_and_pairs_are_groups_like_others():
-    table = synthetic({"CFG": 0.9, "GNI": 0.5}).query("group == 'memorized'")
-    table = pd.concat([table.assign(rule="CFG"), table.query("method == 'GNI'").assign(rule="DTP", new_and_right=True)])
-    found = comparison.summary(table, by=("method", "rule")).query("measure == 'new_and_right'")
-    found = found.set_index(["method", "rule"])
-    assert found.loc[("GNI", "DTP"), "low"] > found.loc[("GNI", "CFG"), "high"] and len(found) == 3
 
 
 def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):

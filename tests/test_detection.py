@@ -57,7 +57,7 @@ def test_end_attention_looks_where_diffusers_own_attention_does(tiny, run):
     heads = seen[0].unflatten(0, (4, -1)).mean(1)
     side = int(heads.shape[1] ** 0.5)
     small = torch.stack([heads[i, :, end].view(side, side) for i, end in enumerate(ends)])
-    mask = small.repeat_interleave(16 // side, 1).repeat_interleave(16 // side, 2)[:, None]
+    mask = torch.kron(small, torch.ones(16 // side, 16 // side))[:, None]
     c, u = both(run, 0, run.timesteps[0])
     expected = tiny.scheduler.alphas_cumprod[run.timesteps[0]].sqrt() * norm((c - u) * mask) / mask.mean((1, 2, 3))
     torch.testing.assert_close(detection.end_attention(run), expected, atol=1e-5, rtol=1e-4)
@@ -82,7 +82,7 @@ def test_stability_is_the_largest_z_score_of_an_update(tiny, run):
 def test_the_critical_scale_is_the_width_of_the_basin_where_that_is_known():
     """A Gaussian of deviation 1 takes x to x / (1 + sigma^2): a step that may be a quarter of x at most."""
     centre, wide = torch.tensor([3.0, 0.0]), basinlab.MixtureDenoiser([(0.0, 0.0)], [1.0], {"": [1.0], "point": [1.0]})
-    run = basinlab.sample(wide, "point", [0, 1], basinlab.ConstantGuidance(1.0), steps=50, progress=False)
+    run = basinlab.sample(wide, "point", [0, 1], basinlab.ConstantGuidance(1.0), progress=False)
     run.latents[:, -1] = centre.view(2, 1, 1)
     found = detection.critical_scale(run, scales=50, iterations=1)
     sigmas = (1 / wide.scheduler.alphas_cumprod[run.timesteps] - 1).sqrt()

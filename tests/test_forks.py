@@ -1,6 +1,7 @@
 """Forks from a shared prefix: a sweep over start times, and halving for the one that matters."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -25,15 +26,6 @@ def sweep(denoiser, starts=None, prompts=PROMPTS, seeds=SEEDS, steps=STEPS, **op
 
 def sample(denoiser, guidance, steps=STEPS, **options):
     return basinlab.sample(denoiser, PROMPTS, SEEDS, guidance, steps=steps, progress=False, **options)
-
-
-@pytest.fixture
-def rows(tiny):
-    """A list that fills with the rows of every network call."""
-    seen = []
-    hook = tiny.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    yield seen
-    hook.remove()
 
 
 SOLVERS = "DPMSolverMultistep UniPCMultistep DEISMultistep DDIM EulerAncestralDiscrete".split()
@@ -74,13 +66,9 @@ def test_network_calls_are_counted_and_bounded_by_the_batch(tiny, rows):
 
 def test_magnitude_before_the_start_is_measured_on_request(tiny):
     unguided = sample(tiny, ConstantGuidance(0), measure=True)
-    found = sweep(tiny, [500], measure=True)
+    found = sweep(tiny, [500, 0], measure=True)
     torch.testing.assert_close(found.guidance_magnitude, unguided.guidance_magnitude, rtol=1e-4, atol=1e-5)
     assert sweep(tiny, [500]).guidance_magnitude.isnan().all()
-
-
-def test_pictures_are_the_decoded_latents(tiny):
-    found = sweep(tiny, [999, 0])
     assert found.images().shape == (4, 2, 3, 64, 64)
     torch.testing.assert_close(found.images()[1, 1], tiny.decode(found.latents[1, 1:])[0])
 
@@ -95,13 +83,9 @@ def test_start_times_are_sorted_snapped_and_taken_once():
         assert start_steps([3, 499, 600, 500], times) == {500: 2, 250: 3, 0: 4}
 
 
-@pytest.mark.parametrize("starts, message", [
-    ([500, 1000], r"starts are \[1000, 500\]: give at least one, all from 0 to 999"),
-    ([-1], r"starts are \[-1\]"),
-    ([], r"starts are \[\]"),
-])  # fmt: skip
-def test_starts_outside_the_schedule_are_refused(tiny, starts, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("starts", [[1000, 500], [-1], []])
+def test_starts_outside_the_schedule_are_refused(tiny, starts):
+    with pytest.raises(ValueError, match=f"starts are {re.escape(str(starts))}: give at least one, all from 0 to 999"):
         sweep(tiny, starts)
 
 
@@ -119,20 +103,18 @@ def test_guidance_that_forks_cannot_share_is_refused(tiny, guidance, message):
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tiny, rows, tmp_path, monkeypatch):
-    whole, folder = sweep(tiny, measure=True), tmp_path / "kept"
-    options = {"batch_size": 2, "folder": folder, "measure": True}
+    whole, options = sweep(tiny, measure=True), {"batch_size": 2, "folder": tmp_path, "measure": True}
     save = store.save_file
 
     def stop_after_one(*args):
-        if any(folder.glob("*.safetensors")):
-            raise KeyboardInterrupt
+        monkeypatch.setattr(store, "save_file", None)  # not callable: the second one fails
         return save(*args)
 
     monkeypatch.setattr(store, "save_file", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TypeError):
         sweep(tiny, **options)
     monkeypatch.undo()
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
     rows.clear()
     resumed = sweep(tiny, **options)
     assert sum(rows) == whole.network_calls[2:].sum()  # the second block only
@@ -144,19 +126,15 @@ def test_a_killed_sweep_goes_on_where_it_was(tiny, rows, tmp_path, monkeypatch):
         torch.testing.assert_close(getattr(again, name), getattr(resumed, name), atol=0, rtol=0)
 
 
-def test_kept_blocks_are_of_one_sweep_alone_and_damaged_ones_are_named(tmp_path):
+def test_kept_blocks_are_of_one_sweep_alone(tmp_path):
     world = MixtureDenoiser.with_duplicate()
     config = {**world.scheduler.config, "beta_end": 0.012}
     other = MixtureDenoiser.with_duplicate(scheduler=type(world.scheduler).from_config(config))
     sweep(world, [500], "memorized", folder=tmp_path)
-    (path,) = tmp_path.iterdir()
     for denoiser, changes in ((world, {"after": ConstantGuidance(3.0)}), (world, {"seeds": [3, 4]}), (other, {})):
-        kept = sweep(denoiser, [500], **{"prompts": "memorized", **changes}, folder=tmp_path)
-        assert torch.equal(kept.latents, sweep(denoiser, [500], **{"prompts": "memorized", **changes}).latents)
+        kept = sweep(denoiser, [500], "memorized", folder=tmp_path, **changes)
+        assert torch.equal(kept.latents, sweep(denoiser, [500], "memorized", **changes).latents)
     assert len(list(tmp_path.iterdir())) == 4
-    path.write_bytes(b"half")
-    with pytest.raises(OSError, match=r"is damaged .*delete it, and the next run makes it again"):
-        sweep(world, [500], "memorized", folder=tmp_path)
 
 
 def test_weights_changed_in_memory_are_another_sweep(tiny, tmp_path):

@@ -18,10 +18,9 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 from torchvision import transforms
 from torchvision.transforms.functional import gaussian_blur
-from transformers import CLIPImageProcessor
 
-from basinlab import metrics, scenarios
-from recipe import models, scenes
+from basinlab import data_folder, metrics, scenarios
+from recipe import scenes
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 TEXTS = ["a picture of a tomato", "an owl", "here is jeans"]
@@ -33,28 +32,13 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def distance(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("descriptor")
-    torch.manual_seed(0)
-    models.descriptor().save_pretrained(folder)
-    return metrics.CopyDistance(str(folder))
+def distance():
+    return metrics.CopyDistance()
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    words = models.tokenizer()
-    models.clip(words).save_pretrained(folder)
-    words.save_pretrained(folder)
-    half, side = [0.5] * 3, {"height": scenes.SIDE, "width": scenes.SIDE}
-    CLIPImageProcessor(size=side, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alignment(clip_folder):
-    return metrics.Alignment(str(clip_folder))
+def alignment():
+    return metrics.Alignment()
 
 
 @pytest.fixture
@@ -154,8 +138,8 @@ def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(ali
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
 
 
-def test_a_judge_without_some_of_its_weights_is_refused(clip_folder, tmp_path):
-    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+def test_a_judge_without_some_of_its_weights_is_refused(tmp_path):
+    folder = shutil.copytree(data_folder() / "clip", tmp_path / "clip")
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -164,23 +148,22 @@ def test_a_judge_without_some_of_its_weights_is_refused(clip_folder, tmp_path):
 
 
 def test_pictures_of_another_size_and_aspect_fill_clips_square(alignment):
-    small = torch.rand(2, 3, 1, 1).expand(-1, -1, 64, 64)
-    wide = small[:, :, :48].repeat(1, 1, 1, 2)
-    whole = alignment.picture_features(small)
-    torch.testing.assert_close(alignment.picture_features(wide), whole, atol=1e-4, rtol=0)
-    torch.testing.assert_close(alignment.picture_features(small.half()), whole, atol=1e-2, rtol=0)
+    plain = torch.rand(2, 3, 1, 1).expand(-1, -1, 64, 64)
+    whole, wide = alignment.features(plain), alignment.features(plain[:, :, :48].repeat(1, 1, 1, 2))
+    torch.testing.assert_close(wide, whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(alignment.features(plain.half()), whole, atol=1e-2, rtol=0)
 
 
-def test_alignment_reads_a_named_model_from_the_hub_cache(clip_folder, alignment, tmp_path, monkeypatch):
+def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no model in 'openai/clip-tiny'.*hf download openai/clip-tiny"):
         metrics.Alignment("openai/clip-tiny")
-    snapshot = shutil.copytree(clip_folder, tmp_path / "models--openai--clip-tiny/snapshots/abc")
+    snapshot = shutil.copytree(data_folder() / "clip", tmp_path / "models--openai--clip-tiny/snapshots/abc")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text("abc")
     named = metrics.Alignment("openai/clip-tiny")
     torch.testing.assert_close(named.text_features(TEXTS), alignment.text_features(TEXTS))
-    assert named.weights == alignment.weights != metrics.Alignment().weights
+    assert named.weights == alignment.weights
     (snapshot / "tokenizer.json").unlink()
     with pytest.raises(OSError, match=r"has no tokenizer.json"):
         metrics.Alignment("openai/clip-tiny")
@@ -205,19 +188,16 @@ def unit_features(count, seed, shift=0.0):
 
 
 @pytest.mark.parametrize("groups", [range(9), ["owl", "owl", "fox", "bus", "owl", "bus", "fox", "crab", "crab"]])
-@pytest.mark.parametrize("bandwidth", [10.0, 0.5])
-def test_cmmd_is_the_sum_over_pairs_of_different_groups(bandwidth, groups, monkeypatch):
-    monkeypatch.setattr(metrics, "BANDWIDTH", bandwidth)
-
+def test_cmmd_is_the_sum_over_pairs_of_different_groups(groups):
     def kernel(x, y):
-        return 1000 * np.exp(-np.sum((x - y) ** 2) / (2 * bandwidth**2))
+        return 1000 * np.exp(-np.sum((x - y) ** 2) / (2 * 10**2))
 
     features, references = unit_features(9, 0, shift=0.5), unit_features(7, 1)
     a, b = features.double().numpy(), references.double().numpy()
     own = [kernel(x, y) for x, g in zip(a, groups, strict=True) for y, h in zip(a, groups, strict=True) if g != h]
     real = [kernel(b[i], b[j]) for i in range(7) for j in range(7) if i != j]
     expected = np.mean(own) + np.mean(real) - 2 * np.mean([kernel(x, y) for x in a for y in b])
-    assert metrics.cmmd(features, references, groups)[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert metrics.cmmd(features, references, groups)[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_cmmd_interval_is_the_jackknife_by_deleting_and_measuring_again():
@@ -233,35 +213,7 @@ def test_cmmd_interval_is_the_jackknife_by_deleting_and_measuring_again():
     half, value = 3.1824463 * np.sqrt(variance), measure(*every)  # Student's t, 97.5%, 3 degrees of freedom
     np.testing.assert_allclose(metrics.cmmd(a, b, groups), [value, value - half, value + half], rtol=1e-6)
     assert np.isnan(metrics.cmmd(a, b, groups > 0)).tolist() == [False, True, True]  # two groups are too few
-
-
-def test_cmmd_interval_covers_the_truth_when_pictures_of_a_prompt_are_alike():
-    prompts, seeds, width, bandwidth, spread = 20, 6, 6, 10.0, 1.5
-
-    def mean(variance, shift):  # features ~ N(1, 1 + spread^2), references ~ N(0, 1): a Gaussian integral
-        total = bandwidth**2 + variance
-        return 1000 * (bandwidth**2 / total) ** (width / 2) * np.exp(-width * shift**2 / (2 * total))
-
-    truth = mean(2 * (1 + spread**2), 0) + mean(2, 0) - 2 * mean(2 + spread**2, 1)
-    groups, covered = np.repeat(np.arange(prompts), seeds), np.zeros(2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        centres = 1 + spread * torch.randn(prompts, width, generator=generator)
-        a = centres[groups] + torch.randn(len(groups), width, generator=generator)
-        b = torch.randn(40, width, generator=generator)
-        for i, by in enumerate([groups, np.arange(len(a))]):
-            _, low, high = metrics.cmmd(a, b, by)
-            covered[i] += bool(low <= truth <= high) / 150
-    assert 0.91 <= covered[0] <= 0.99
-    assert covered[1] < 0.86  # as if pictures of one prompt were independent
-
-
-def test_features_that_would_give_a_wrong_number_are_refused():
-    a, b = unit_features(4, 0), unit_features(4, 1)
-    with pytest.raises(ValueError, match="all images are of group"):
-        metrics.cmmd(a, b, ["owl"] * 4)
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        metrics.cmmd(a, b / 0, range(4))
+    assert np.isnan([*metrics.cmmd(a, b, groups >= 0), *metrics.cmmd(a, b / 0, groups)]).all()
 
 
 def test_diversity_is_the_mean_cosine_distance_of_pairs():
@@ -280,10 +232,8 @@ def test_saturated_share_counts_values_at_either_end():
 def test_sharpness_tells_scenes_from_the_same_ones_blurred_by_a_pixel():
     pixels = np.stack([scene.render() for _, scene in scenes.unseen_scenes(128)])
     sharp = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    for blurred in (
-        gaussian_blur(sharp, 7, 1.0),
-        torch.nn.functional.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False),
-    ):
+    smeared = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False)
+    for blurred in (gaussian_blur(sharp, 7, 1.0), smeared):
         values = torch.cat([metrics.sharpness(sharp), metrics.sharpness(blurred)])
         assert roc_auc_score([1] * 128 + [0] * 128, values) > 0.95
     noise = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,8 @@ PROMPTS = ["a picture of a tomato", "a drawing of an owl"]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    parts = StableDiffusionXLPipeline.from_pretrained(
-        checkpoints.save("sdxl", tmp_path_factory.mktemp("xl"))
-    ).components
+    folder = checkpoints.save("sdxl", tmp_path_factory.mktemp("xl"))
+    parts = StableDiffusionXLPipeline.from_pretrained(folder).components
     made = StableDiffusionXLAutoBlocks().init_pipeline()
     made.update_components(**{name: part for name, part in parts.items() if part is not None})
     made.set_progress_bar_config(disable=True)

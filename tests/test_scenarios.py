@@ -128,8 +128,8 @@ def test_a_row_says_what_became_of_a_sample(bundled, judges):
 
 
 def test_a_second_judge_stands_beside_and_decides_nothing(bundled, judges):
-    both = scenarios.Judges(dataclasses.replace(MAIN, second_copy="descriptor"))
-    run = basinlab.sample(bundled, MAIN.table()["prompt"][:2].tolist(), [0, 1], steps=2, progress=False)
+    both, prompts = scenarios.Judges(dataclasses.replace(MAIN, second_copy="descriptor")), MAIN.table()["prompt"]
+    run = basinlab.sample(bundled, prompts[:2].tolist(), [0, 1], steps=2, progress=False)
     alone, table = judges(run, MAIN.table()), both(run, MAIN.table())
     np.testing.assert_allclose(table["sscd"], 1 - table["distance"], atol=1e-6)
     pd.testing.assert_frame_equal(table[[*alone]], alone)

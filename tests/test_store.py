@@ -1,7 +1,6 @@
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +68,13 @@ def test_a_full_disk_and_a_folder_that_is_none_are_one_sentence_and_leave_nothin
         kept(tmp_path / "file", "grid", SETTINGS, lambda: result, suffix)
 
 
-def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path):
-    script = (
-        "import os, torch\nfrom basinlab import store\n"
-        "def killed(tensors, path):\n    open(path, 'wb').write(b'half')\n    os.kill(os.getpid(), 9)\n"
-        f"store.save_file = killed\nstore.kept('{tmp_path}', 'block', {{}}, lambda: {{}}, '.safetensors')\n"
-    )
-    here = str(Path(store.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": here})
-    assert done.returncode == -9 and not list(tmp_path.glob("*.safetensors"))
-    assert kept(tmp_path, "block", {}, lambda: {"x": torch.ones(1)}, ".safetensors")["x"] == 1
+def test_a_killed_process_leaves_no_half_file_under_the_name(tmp_path, monkeypatch):
+    given = (tmp_path, "block", {}, lambda: {"x": torch.ones(1)}, ".safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "save_file", lambda tensors, path: path.write_bytes(b"half") and os.kill(os.getpid(), 9))
+        child = multiprocessing.get_context("fork").Process(target=kept, args=given)
+        child.start()
+        child.join()
+    assert child.exitcode == -9 and not list(tmp_path.glob("*.safetensors")) and list(tmp_path.iterdir())
+    assert kept(*given)["x"] == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # and the half file is gone
