@@ -15,19 +15,13 @@ DOWN, CROSS, WIDTH = "DownBlock2D", "CrossAttnDownBlock2D", 16
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SMALL = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2}
 FOUR = {"down_block_types": (CROSS, CROSS, CROSS, DOWN), "block_out_channels": (8, 16, 32, 32)}
+THREE = {"down_block_types": (DOWN, CROSS, CROSS), "block_out_channels": (8, 16, 32)}
+TEXT_TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+TEXT_TIME |= {"projection_class_embeddings_input_dim": WIDTH + 6 * 8, "transformer_layers_per_block": (1, 1, 2)}
 UNETS = {
     "sd1": {**FOUR, "cross_attention_dim": WIDTH},
     "sd2": {**FOUR, "cross_attention_dim": WIDTH, "use_linear_projection": True},
-    "sdxl": {
-        "down_block_types": (DOWN, CROSS, CROSS),
-        "block_out_channels": (8, 16, 32),
-        "cross_attention_dim": 2 * WIDTH,
-        "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 1, 2),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
-    },
+    "sdxl": {**THREE, **TEXT_TIME, "cross_attention_dim": 2 * WIDTH, "use_linear_projection": True},
 }
 SCHEDULERS = {
     "sd1": diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True),
