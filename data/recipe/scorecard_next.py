@@ -195,18 +195,20 @@ def _points(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
     points = table.query("group == 'points'").set_index(["prompt", "seed"])
     free, pushed = (points[points["guidance"] == name] for name in ("none", "opposite"))
     unguided = table.query("group == 'memorized' and guidance == 'none' and share > 0.7").set_index(["prompt", "seed"])
-    dynamic = first_local_minimum(torch.tensor(np.stack(unguided["magnitude"])), timesteps).numpy()
+    dynamic = first_local_minimum(torch.tensor(np.stack(unguided["magnitude"])), torch.tensor(timesteps)).numpy()
     rule = free.loc[free["share"] > 0.7].join(unguided.assign(dynamic=dynamic)["dynamic"], how="left")
     claims.share("shares 0.8 and 0.95: the dynamic rule finds a point", rule["dynamic"].notna(), least=0.9)
     both = rule.dropna(subset=["dynamic", "point"])
-    near = (both["dynamic"] - both["point"]).abs() <= 60
-    claims.share("... within 60 timesteps of the measured one", near, least=0.8)
+    if len(both):
+        near = (both["dynamic"] - both["point"]).abs() <= 60
+        claims.share("... within 60 timesteps of the measured one", near, least=0.8)
     left = pushed["point"].fillna(pushed["outcome"].map({"never": 1000.0, "always": 0.0}))
     sooner = (left - free["point"]).dropna().to_numpy()
-    interval = bootstrap_interval(sooner, np.median)
-    claims.number(
-        "opposite guidance leaves sooner, timesteps (median)", np.median(sooner), *interval, len(sooner), least=80
-    )
+    if len(sooner):
+        interval = bootstrap_interval(sooner, np.median)
+        claims.number(
+            "opposite guidance leaves sooner, timesteps (median)", np.median(sooner), *interval, len(sooner), least=80
+        )
 
 
 def _safe_and_right(claims: Claims, rows: pd.DataFrame, name: str, copied: str, least: float) -> None:
