@@ -109,7 +109,8 @@ def tuned(scenario: Scenario) -> dict[str, Setting]:
     every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
     if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
         warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
-    return {name: tried[best.get(name, 0)] for name, tried in every.items() if name not in missing}
+    chosen = {name: tried for name, tried in every.items() if name not in missing}
+    return {name: tried[best[name] if len(tried) > 1 else 0] for name, tried in chosen.items()}
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
