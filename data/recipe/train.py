@@ -42,7 +42,7 @@ class Settings:
 
 SETTINGS = {
     "vae": Settings(steps=8000, batch=8, rate=1.5e-3),
-    "decoder": Settings(steps=5000, batch=8, rate=5e-4),
+    "decoder": Settings(steps=15000, batch=8, rate=5e-4),
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=70000, batch=32, rate=5e-4, decay=0.64, average=0.999),
