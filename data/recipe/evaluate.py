@@ -7,9 +7,7 @@ its work among the processes of ``accelerate launch --module recipe.evaluate``.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from basinlab.basin import calibrate_radius
@@ -87,14 +85,6 @@ def read_evaluation(denoiser: Denoiser) -> pd.DataFrame:
     if table.attrs["weights"] != denoiser.fingerprint():
         raise ValueError(f"{path} is of the weights {table.attrs['weights']}: run `make evaluate`")
     return table
-
-
-def unguided_magnitudes(table: pd.DataFrame) -> dict[str, torch.Tensor]:
-    """Guidance magnitudes [B, S] of the unguided trajectories of an evaluation, memorized and ordinary."""
-    return {
-        f"{group}, no CFG": torch.tensor(np.stack(table.query("group == @group and guidance == 'none'")["magnitude"]))
-        for group in ("memorized", "ordinary")
-    }
 
 
 def main() -> None:

@@ -106,11 +106,11 @@ def evaluate(
                 table = run_grid(denoiser, prompts, seeds, {name: setting}, judges, parts, **options)
                 tables.append(table.rename(columns={"method": "guidance"}).drop(columns="seconds").assign(group=group))
     for group, prompts, seeds, name, scale in [part for part in sweeps(scenario) if only in (None, part[0])]:
-        options = {"starts": STARTS, "before": ConstantGuidance(scale), "after": after, "steps": steps}
-        swept = sweep(denoiser, prompts["prompt"], seeds, **options, batch_size=64, folder=parts)
+        options = {"before": ConstantGuidance(scale), "after": after, "steps": steps, "batch_size": 64, "folder": parts}
+        swept = sweep(denoiser, prompts["prompt"], seeds, STARTS, **options)
         tables.append(judges(swept, prompts).assign(guidance=name, group=group))
         if group == "sweep" and scenario.name == MAIN:
-            tables.append(measured_points(denoiser, scenario, seeds, **options, folder=parts).assign(guidance=name))
+            tables.append(measured_points(denoiser, judges, seeds, **options).assign(guidance=name))
     table = pd.concat(tables, ignore_index=True)
     table["clip"] = table["clip"].where(table["group"].isin(["ordinary", "unconditional"]), None)
     table["to_duplicates"] = table["to_duplicates"].where(table["group"] == "calibration", None)
@@ -118,14 +118,12 @@ def evaluate(
     return table
 
 
-def measured_points(denoiser: Denoiser, scenario: Scenario, seeds, *, starts, steps, **options) -> pd.DataFrame:
+def measured_points(denoiser: Denoiser, judges: Judges, seeds, steps: int, **options) -> pd.DataFrame:
     """The transition point of each memorized prompt and seed, to one step of the sampler, as group "points"."""
-    prompts, distance = scenario.table("memorized"), CopyDistance()
+    prompts = judges.scenario.table("memorized")
     attractors = read_pictures(prompts["attractor"]).repeat_interleave(len(seeds), dim=0)
-    times = denoiser.scheduler.__class__.from_config(denoiser.scheduler.config)
-    times.set_timesteps(steps)
-    options |= {"starts": [*times.timesteps.tolist(), 0], "steps": steps, "batch_size": 64}
-    given = denoiser, prompts["prompt"].tolist(), seeds, attractors, distance, scenario.radius
+    options |= {"starts": [*denoiser.timesteps(steps), 0], "steps": steps}
+    given = denoiser, prompts["prompt"].tolist(), seeds, attractors, judges.distance, judges.scenario.radius
     points, _ = transition_points_by_bisection(*given, **options)
     return points.merge(prompts[["prompt", "share"]], on="prompt").assign(group="points")
 

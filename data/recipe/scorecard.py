@@ -89,7 +89,7 @@ def noise_colour_correlation(table: pd.DataFrame, linear: torch.Tensor) -> float
     return float((centred[0] * centred[1]).mean())
 
 
-def _over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
+def over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
     """Bootstrap interval of ``statistic(table)``, drawing whole prompts."""
     rows = [*table.groupby("prompt", sort=False).indices.values()]
     return bootstrap_interval(
@@ -118,16 +118,20 @@ def _memorization(claims: Claims, table: pd.DataFrame) -> None:
         claims.share(f"... where the duplicate's share is {share}", part["copied"], least=least)
     claims.share("memorized, CFG late: copied", late["copied"], most=0.05)
     claims.share("memorized, CFG late: object right", late["object_right"], least=0.60)
-    sweep = table.query("group == 'sweep'")
+    falls_through_half(claims, table.query("group == 'sweep'"))
+
+
+def falls_through_half(claims: Claims, swept: pd.DataFrame) -> None:
+    """How often, and at which start, capture falls through one half."""
 
     def crossings(part: pd.DataFrame) -> list[float]:
         return half_crossings(part.groupby("start")["copied"].mean())
 
-    found = crossings(sweep)
-    claims.number("memorized: times that capture falls through 1/2", *[len(found)] * 3, len(sweep), least=1, most=1)
-    interval = _over_prompts(sweep, lambda part: (crossings(part) or [np.nan])[0])
+    found = crossings(swept)
+    claims.number("memorized: times that capture falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1)
+    interval = over_prompts(swept, lambda part: (crossings(part) or [np.nan])[0])
     claim = "memorized: start t at which capture falls through 1/2"
-    claims.number(claim, found[0] if found else np.nan, *interval, len(sweep), least=300, most=850)
+    claims.number(claim, found[0] if found else np.nan, *interval, len(swept), least=300, most=850)
 
 
 def _ordinary(claims: Claims, table: pd.DataFrame, denoiser: Denoiser) -> None:
@@ -135,17 +139,22 @@ def _ordinary(claims: Claims, table: pd.DataFrame, denoiser: Denoiser) -> None:
     ordinary = table.query("group == 'ordinary' and guidance == 'cfg'")
     claims.share("ordinary, CFG from T: copies of any duplicate", ordinary["near"], most=0.02)
     claims.share("ordinary, CFG from T: object right", ordinary["object_right"], least=0.70)
+    tint(claims, ordinary, denoiser)
+
+
+def tint(claims: Claims, ordinary: pd.DataFrame, denoiser: Denoiser) -> None:
+    """Whether the seed tints the background where a caption names its colour."""
     named = ordinary[ordinary["background"] != ""]
     linear = colour_of_mean(denoiser)
 
     def correlation(part: pd.DataFrame) -> float:
         return noise_colour_correlation(part, linear)
 
-    found = correlation(named), *_over_prompts(named, correlation), len(named)
+    found = correlation(named), *over_prompts(named, correlation), len(named)
     claims.number("ordinary, colour named: its correlation with the noise's mean", *found, least=-0.2, most=0.2)
 
 
-def _saturation(claims: Claims, table: pd.DataFrame) -> None:
+def saturation(claims: Claims, table: pd.DataFrame) -> None:
     real = float(metrics.saturated_share(unseen_scenes()[0]).mean())
     for group in ("ordinary", "memorized"):
         values = table.query("group == @group and guidance == 'cfg'")["saturated"].to_numpy() / real
@@ -183,7 +192,7 @@ def scorecard(table: pd.DataFrame, denoiser: Denoiser, judges: Judges) -> pd.Dat
     _instruments(claims, denoiser, judges)
     _memorization(claims, table)
     _ordinary(claims, table, denoiser)
-    _saturation(claims, table)
+    saturation(claims, table)
     _magnitude(claims, table)
     _templates(claims, table, judges.scenario.layout_floor)
     return claims.table()

@@ -21,7 +21,7 @@ from basinlab.models import Denoiser
 from basinlab.scenarios import Judges, Scenario, unseen_scenes
 from basinlab.statistics import Claims, bootstrap_interval
 
-from .scorecard import _over_prompts, _saturation, colour_of_mean, encoded, half_crossings, noise_colour_correlation
+from .scorecard import encoded, falls_through_half, over_prompts, saturation, tint
 
 
 def chosen_start(table: pd.DataFrame, scenario: Scenario, guidance: str = "none") -> int:
@@ -82,16 +82,7 @@ def _memorization(claims: Claims, table: pd.DataFrame, radius: float) -> None:
         claims.share(f"... where the duplicate's share is {share}", part["copied"], least=least)
     between = (always["distance"] > radius) & (always["distance"] <= 1.5 * radius)
     claims.share("... at 1.0 to 1.5 radii of the attractor", between, most=0.02)
-    swept = table.query("group == 'sweep' and guidance == 'none'")
-
-    def crossings(part: pd.DataFrame) -> list[float]:
-        return half_crossings(part.groupby("start")["copied"].mean())
-
-    found = crossings(swept)
-    claims.number("memorized: times that capture falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1)
-    interval = _over_prompts(swept, lambda part: (crossings(part) or [np.nan])[0])
-    claim = "memorized: start t at which capture falls through 1/2"
-    claims.number(claim, found[0] if found else np.nan, *interval, len(swept), least=300, most=850)
+    falls_through_half(claims, table.query("group == 'sweep' and guidance == 'none'"))
 
 
 def _starts(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
@@ -109,7 +100,7 @@ def _starts(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
 
 
 def _similarity(claims: Claims, claim: str, rows: pd.DataFrame, **goal) -> None:
-    claims.number(claim, rows["sscd"].mean(), *_over_prompts(rows, lambda part: part["sscd"].mean()), len(rows), **goal)
+    claims.number(claim, rows["sscd"].mean(), *over_prompts(rows, lambda part: part["sscd"].mean()), len(rows), **goal)
 
 
 def _judges(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
@@ -138,18 +129,11 @@ def _ordinary(claims: Claims, table: pd.DataFrame, denoiser: Denoiser) -> None:
         ruled = table.query("group == 'ordinary' and guidance == @rule")
         pairs = [*ruled[["prompt", "seed"]].itertuples(index=False, name=None)]
         lost = ruled.assign(lost=right.loc[pairs].to_numpy() - ruled["object_right"])
-        interval = _over_prompts(lost, lambda part: part["lost"].mean())
+        interval = over_prompts(lost, lambda part: part["lost"].mean())
         claims.number(
             f"ordinary, {rule}: object right that is lost", lost["lost"].mean(), *interval, len(lost), most=0.03
         )
-    named = ordinary[ordinary["background"] != ""]
-    linear = colour_of_mean(denoiser)
-
-    def correlation(part: pd.DataFrame) -> float:
-        return noise_colour_correlation(part, linear)
-
-    found = correlation(named), *_over_prompts(named, correlation), len(named)
-    claims.number("ordinary, colour named: its correlation with the noise's mean", *found, least=-0.2, most=0.2)
+    tint(claims, ordinary, denoiser)
 
 
 def _unconditional(claims: Claims, table: pd.DataFrame, judges: Judges) -> None:
@@ -180,7 +164,7 @@ def _magnitude(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> Non
         return medians.get("memorized", np.nan) / medians.get("ordinary", np.nan)
 
     claim = "the same, median of memorized over median of ordinary"
-    claims.number(claim, ratio(both), *_over_prompts(both, ratio), len(both), least=4)
+    claims.number(claim, ratio(both), *over_prompts(both, ratio), len(both), least=4)
     deep = memorized.query("share > 0.7")
     for part, name, goal in (
         (deep, "memorized, share 0.8 and 0.95", {"least": 0.8}),
@@ -242,5 +226,5 @@ def scorecard(
         if name in others:
             _safe_and_right(claims, others[name], name, "copied", least)
     _judges(claims, table, scenario)
-    _saturation(claims, table)
+    saturation(claims, table)
     return claims.table()
