@@ -134,6 +134,13 @@ class Scene:
         covered[self.top : self.top + self.size, self.left : self.left + self.size] = art > 0.02
         return ~covered
 
+    def cells(self) -> np.ndarray:
+        """Which latents the object's box covers, [12, 12] bool."""
+        covered = np.zeros((SIDE // GRID, SIDE // GRID), bool)
+        row, column, count = self.top // GRID, self.left // GRID, self.size // GRID
+        covered[row : row + count, column : column + count] = True
+        return covered
+
     def other_vendor(self) -> "Scene":
         """The same scene with the object drawn by the other vendor: near, but not a copy."""
         return replace(self, vendor=VENDORS[1 - VENDORS.index(self.vendor)])
