@@ -45,7 +45,7 @@ SETTINGS = {
     "decoder": Settings(steps=15000, batch=8, rate=5e-4),
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
-    "unet": Settings(steps=55000, batch=32, rate=5e-4, decay=0.25, average=0.999),
+    "unet": Settings(steps=55000, batch=32, rate=5e-4, decay=0.16, average=0.999),
     "finetuned": Settings(steps=500, batch=32, rate=3e-4),
     "classes": Settings(steps=500, batch=32, rate=3e-4),
 }
