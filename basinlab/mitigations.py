@@ -1,10 +1,8 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
 A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself. What it draws at random
-depends on the seed, apart from the initial noise.
-
-Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scale with the square root of the latent's
-size, guidance magnitudes at T with sqrt(alpha_bar_T) as well.
+depends on the seed, apart from the initial noise. Constants are the authors', for Stable Diffusion's 4x64x64 latents:
+lengths scale with the square root of the latent's size, guidance magnitudes at T with sqrt(alpha_bar_T) as well.
 """
 
 from collections.abc import Sequence
@@ -22,8 +20,7 @@ from .sampling import Mitigation, State, sample
 from .store import kept, output_folder
 
 
-def _random(mitigation: Mitigation, seed: int, *more: int) -> np.random.Generator:
-    """The random stream of one mitigation of one sample."""
+def _random(mitigation: Mitigation, seed: int, *more: int) -> np.random.Generator:  # of one sample
     return np.random.default_rng([seed, crc32(type(mitigation).__name__.encode()), *more])
 
 

@@ -175,7 +175,7 @@ class Judges:
         for prompt in dict.fromkeys(run.prompts):
             if prompt not in self.references:
                 pictures = run.of(prompt).images()
-                self._learn(prompt, [pictures[estimate_attractor(pictures, self.distance).index][None]])
+                self._learn(prompt, [pictures[estimate_attractor(pictures, self.distance)[0]][None]])
 
     def __call__(self, run: Trajectory | Sweep, prompts: pd.DataFrame) -> pd.DataFrame:
         """One row a sample of ``run``, of a sweep a sample and start: what became of it, and what it took.

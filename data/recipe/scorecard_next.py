@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms.functional import gaussian_blur
 
 from basinlab import metrics
-from basinlab.basin import first_local_minimum
+from basinlab.basin import first_local_minimum, placed
 from basinlab.comparison import HELD_OUT
 from basinlab.models import Denoiser
 from basinlab.scenarios import Judges, Scenario, unseen_scenes
@@ -186,8 +186,7 @@ def _points(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
     if len(both):
         near = (both["dynamic"] - both["point"]).abs() <= 60
         claims.share("... within 60 timesteps of the measured one", near, least=0.8)
-    left = pushed["point"].fillna(pushed["outcome"].map({"never": 1000.0, "always": 0.0}))
-    sooner = (left - free["point"]).dropna().to_numpy()
+    sooner = (placed(pushed) - free["point"]).dropna().to_numpy()
     if len(sooner):
         interval = bootstrap_interval(sooner, np.median)
         claims.number(
