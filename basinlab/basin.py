@@ -106,13 +106,9 @@ def transition_points_by_bisection(
     ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options and columns are those of
     `forks.bisect`. Halving finds one of the flips, and does not see whether there are others.
     """
-
-    def captured(pictures: Tensor, rows: list[int]) -> Tensor:
-        return distance(pictures, attractors[rows]) <= radius
-
     weights = getattr(distance, "weights", type(distance).__name__)
-    judged_by = f"{weights}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
-    return bisect(denoiser, prompts, seeds, captured, starts, judged_by=judged_by, **options)
+    options["judged_by"] = f"{weights}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
+    return bisect(denoiser, prompts, seeds, lambda x, rows: distance(x, attractors[rows]) <= radius, starts, **options)
 
 
 def placed(points: pd.DataFrame) -> pd.Series:

@@ -189,8 +189,6 @@ class Alignment(_Judge):
         pixels = normalize(pictures, self.processor.image_mean, self.processor.image_std)
         return self.network.visual_projection(self.network.vision_model(pixels).pooler_output)
 
-    picture_features = _Judge.features
-
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit text embeddings [B, F]."""
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
@@ -199,7 +197,7 @@ class Alignment(_Judge):
             return F.normalize(self.network.text_projection(states), dim=1).cpu()
 
     def classify(self, features: Tensor, names: Sequence[str]) -> list[str]:
-        """The one of ``names`` that fits each image best, by `picture_features` [B, F] (zero-shot, top 1)."""
+        """The one of ``names`` that fits each image best, by its ``features`` [B, F] (zero-shot, top 1)."""
         texts = self.text_features([f"a picture of a {name}" for name in names])
         return [names[i] for i in (features @ texts.T).argmax(dim=1).tolist()]
 
@@ -225,13 +223,11 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
     """CMMD (Jayasumana et al. 2024) and its 95% interval: unbiased squared MMD with a Gaussian kernel, times 1000.
 
     About 0 where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one distribution. The estimate
-    is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of one prompt are not
-    independent. The interval is a delete-one jackknife over groups and over references (Arvesen 1969), with Student's
-    t. NaN: the estimate of a single group, the interval of fewer than 3 of either.
+    (Gretton et al. 2012, eq. 3) is over pairs of different ``groups`` [A], as images of one prompt are not independent;
+    the interval a jackknife over groups and references (Arvesen 1969), with Student's t, or NaN: less than 3 of either.
     """
     a, b = features.cpu().double(), references.cpu().double()
-    code = np.unique(np.asarray(groups), return_inverse=True)[1]
-    member = F.one_hot(torch.as_tensor(code)).double()  # [A, G]
+    member = F.one_hot(torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])).double()  # [A, G]
     sizes = member.sum(dim=0)
     own, own_without = _mean_between(member.T @ _kernel(a, a) @ member, torch.outer(sizes, sizes))
     real, real_without = _mean_between(_kernel(b, b), torch.ones(len(b), len(b)))
@@ -259,10 +255,7 @@ def sharpness(pictures: Tensor) -> Tensor:
 
 
 def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Centred correlation with the reference outside the object's box (left, top, size in pixels), [B] in -1..1.
-
-    High when background and placement are the reference's, whatever object stands in the box.
-    """
+    """Of backgrounds: the correlation with the reference outside the object's box (left, top, size in pixels), [B]."""
     results = []
     for picture, reference, (left, top, size) in zip(_checked(pictures), _checked(references), boxes, strict=True):
         outside = torch.ones(picture.shape[-2:], dtype=torch.bool)

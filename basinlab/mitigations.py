@@ -7,7 +7,6 @@ lengths scale with the square root of the latent's size, guidance magnitudes at 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -141,8 +140,7 @@ def _norm(x: Tensor) -> Tensor:
 class _Descent(Mitigation):
     """Gradient steps until ``loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
 
-    calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
-    optimizer: ClassVar[type] = torch.optim.AdamW
+    calls, optimizer = 2, torch.optim.AdamW
 
     def most_predictions(self):
         return self.calls * (3 * self.iterations + 1)
@@ -213,6 +211,7 @@ class NoiseAscent(Mitigation):
     x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth step on. Defaults are theirs.
     """
 
+    calls = 4
     rho: float = 50.0
     gamma: float = 0.7
     iterations: int = 2
@@ -223,10 +222,7 @@ class NoiseAscent(Mitigation):
             ahead = state.latents + self.rho * here / _norm(here)[:, None, None, None]
             there = _difference(state, ahead, state.conditional)
             state.latents = state.latents - self.gamma * (there - here)
-            state.calls = state.calls + 4
-
-    def most_predictions(self):
-        return 4 * self.iterations
+            state.calls = state.calls + self.calls
 
 
 @dataclass(frozen=True)
@@ -274,6 +270,7 @@ class Reanchoring(Mitigation):
     language model; here p is the prompt's words in another order, which needs none but is less of a sentence.
     """
 
+    calls = 2
     limit: float = 3.0
 
     def begin(self, state):
@@ -282,26 +279,21 @@ class Reanchoring(Mitigation):
         texts = [" ".join(_random(self, seed).permutation(text.split())) for seed, text in of]
         state.unconditional = torch.where(above, state.conditional, state.unconditional)
         state.conditional = torch.where(above, state.denoiser.embed(texts), state.conditional)
-        state.calls = state.calls + 2
-
-    def most_predictions(self):
-        return 2
-
-
-class _Onlooker(Mitigation):
-    def __init__(self):
-        self.norms = []
-
-    def settle(self, x, state, step, kind):
-        self.norms.append(_norm(x).cpu())
-        return x
+        state.calls = state.calls + self.calls
 
 
 def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, steps=50, scheduler=None) -> Tensor:
     """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
-    onlooker, options = _Onlooker(), {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
-    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], **options)
-    norms = torch.stack([torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
+    seen = []
+
+    class Onlooker(Mitigation):
+        def settle(self, x, state, step, kind):
+            seen.append(_norm(x).cpu())
+            return x
+
+    options = {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
+    sample(denoiser, prompts, 0, [Onlooker(), guidance or ConstantGuidance()], **options)
+    norms = torch.stack([torch.cat(seen[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
     return torch.stack([norms.mean(dim=1), norms.std(dim=1)]).unflatten(1, (steps, 3))
 
 

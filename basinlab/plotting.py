@@ -50,7 +50,6 @@ COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names
 COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
 _STYLES = {"measured": "-", "static": ":", "dynamic": "--"}  # of transition points
-VERSIONS = ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")
 
 
 def use_theme() -> None:
@@ -63,8 +62,7 @@ def use_theme() -> None:
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
     """Write NAME.png, NAME.pdf and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
 
-    ``inputs`` says what the figure shows: weights (`Denoiser.fingerprint`), prompts, seeds, guidance. Pictures alone
-    have few colours and no lines: they become a PNG with a palette, and no PDF.
+    Those are what it was made from: weights, prompts, seeds, guidance. Pictures alone become a small PNG, and no PDF.
     """
     folder, lock = output_folder() / "figures", output_folder() / "build" / "manifest.lock"
     for parent in (folder, lock.parent):
@@ -91,17 +89,14 @@ def _circumstances() -> dict:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a checkout"
-    versions = {package: version(package) for package in VERSIONS}
+    versions = {x: version(x) for x in ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")}
     return {"versions": versions, "commit": commit, "date": datetime.now(UTC).date().isoformat()}
 
 
 def picture_grid(
     pictures: Tensor, rows: Sequence[str], columns=(), framed=None, left=None, left_title: str = "training\npicture"
 ) -> Figure:
-    """Pictures [R, N, 3, h, w], with labels of rows and columns; a frame marks copies, ``framed`` [R, N] bool.
-
-    ``left`` [R, 3, h, w] puts a reference, the attractor, before each row.
-    """
+    """Pictures [R, N, 3, h, w]; a frame marks copies, ``framed`` [R, N] bool; before each row ``left`` [R, 3, h, w]."""
     (count, width), offset = pictures.shape[:2], int(left is not None)
     size = (1.15 * (width + offset) + 1.6, 1.25 * count + 0.3)
     figure, axes = plt.subplots(count, width + offset, figsize=size, squeeze=False)
@@ -303,8 +298,8 @@ def _address(picture: Tensor) -> str:
 def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     """A linked figure without a kernel: drag the start of guidance along the magnitude, and the picture follows.
 
-    ``samples`` has the columns prompt, seed, before, start, copied and picture [3, h, w]; ``curves`` has prompt, seed,
-    before, t and magnitude. The page brings its library (Vega) with it.
+    ``samples`` has prompt, seed, before, start, copied and picture [3, h, w]; ``curves`` prompt, seed, before, t and
+    magnitude. The page brings its library (Vega) with it.
     """
     import altair as alt
     from IPython.display import HTML

@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -158,6 +159,8 @@ class Mitigation:
     'an owl'
     """
 
+    calls: ClassVar[int] = 0  # predictions of a sample that one of its ``iterations`` makes before the first step
+
     def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
         """The text that is embedded in the place of ``prompt``."""
         return prompt
@@ -175,7 +178,7 @@ class Mitigation:
 
     def most_predictions(self) -> int:
         """At most so many predictions a sample before the first step, a differentiated one counted as three."""
-        return 0
+        return self.calls * getattr(self, "iterations", 1)
 
 
 Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None

@@ -125,15 +125,13 @@ def _nearest(features: Tensor, known: dict[str, Tensor], prompts: pd.Series) -> 
 class Judges:
     """The models that look at a scenario's images: a run or a sweep becomes one table, a row a sample.
 
-    ``distance``, ``second`` and ``alignment`` are None where their weights are missing, as ``notices`` say.
-    ``references`` are the descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of the
-    whole group memorized.
+    ``distance``, ``second`` and ``alignment`` are None where their weights are missing, as ``notices`` say. Descriptors
+    are ``references``, [K, F] of the K images learned with each prompt, and ``learned``, [N, F] of all memorized ones.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
         self.scenario, self.notices, self.references, self.learned = scenario, [], {}, None
-        self._seen = hashlib.sha256()  # of the reference images
-        self._files, self._second_references = {}, {}
+        self._seen, self._files, self._second_references = hashlib.sha256(), {}, {}  # of the reference images
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
         self.second = None
         with suppress(FileNotFoundError):  # an optional package
@@ -191,7 +189,7 @@ class Judges:
         table["saturated"], table["sharpness"] = metrics.saturated_share(pictures), metrics.sharpness(pictures)
         self._copies(table, pictures)
         if self.alignment:
-            clip = self.alignment.picture_features(pictures)
+            clip = self.alignment.features(pictures)
             table["clip"] = list(clip.half().numpy())
             table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
             if "object" in table:
@@ -211,8 +209,7 @@ class Judges:
         if self.second:
             known = self._second_references
             for prompt in {*table["prompt"]} & self._files.keys() - known.keys():
-                features = [self.second.features(read_pictures([file])) for file in self._files[prompt]]
-                known[prompt] = torch.cat(features)
+                known[prompt] = torch.cat([self.second.features(read_pictures([file])) for file in self._files[prompt]])
             table["sscd"] = 1 - np.array(_nearest(self.second.features(pictures), known, table["prompt"]))
         judged = table["distance"] if "attractor" in table else table["distance"].fillna(table["nearest"])
         copied = (judged <= self.scenario.radius).astype("boolean").mask(judged.isna())

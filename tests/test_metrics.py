@@ -132,7 +132,7 @@ def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(ali
     with torch.no_grad():
         output = alignment.network(pixel_values=pixels, **tokens)
     cosines = output.logits_per_image / alignment.network.logit_scale.exp()
-    features, names = alignment.picture_features(pictures), ["tomato", "owl", "taxi"]
+    features, names = alignment.features(pictures), ["tomato", "owl", "taxi"]
     torch.testing.assert_close(features @ alignment.text_features(TEXTS).T, cosines, atol=1e-5, rtol=0)
     texts = alignment.text_features(["a picture of a tomato", "a picture of a owl", "a picture of a taxi"])
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
@@ -176,7 +176,7 @@ def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, m
     (lambda p: p.index_fill(0, torch.tensor([2, 5]), torch.nan), "range from nan to nan"),
 ], ids=["grey", "uint8", "-1..1", "nan"])  # fmt: skip
 def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment, pictures, spoil, message):
-    for metric in (distance.features, alignment.picture_features, metrics.saturated_share):
+    for metric in (distance.features, alignment.features, metrics.saturated_share):
         with pytest.raises(ValueError, match=message):
             metric(spoil(pictures))
     with pytest.raises(ValueError, match="7 pictures and 1 references: give one for each"):

@@ -32,7 +32,7 @@ class Measuring(Judges):
     def __call__(self, run: Trajectory, prompts: pd.DataFrame) -> pd.DataFrame:
         pictures, table = run.images(), super().__call__(run, prompts).drop(columns="clip")
         table["to_duplicates"] = (1 - self.distance.features(pictures) @ self.learned.T).tolist()
-        table["seen"] = self.alignment.classify(self.alignment.picture_features(pictures), self.objects)
+        table["seen"] = self.alignment.classify(self.alignment.features(pictures), self.objects)
         table["background_rgb"] = background_colour(pictures).tolist()
         table["noise_mean"] = initial_noise(run.denoiser, run.seeds).mean(dim=(2, 3)).tolist()
         table["magnitude"] = run.guidance_magnitude.tolist()

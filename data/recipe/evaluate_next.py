@@ -40,7 +40,7 @@ class Measuring(Judges):
         pictures, table = run.images().flatten(0, -4), super().__call__(run, prompts)
         table["to_duplicates"] = (1 - self.distance.features(pictures) @ self.learned.T).tolist()
         texts = self.alignment.text_features([f"a picture of a {name}" for name in self.objects])
-        logits = self.alignment.picture_features(pictures) @ texts.T * self.alignment.network.logit_scale.exp().detach()
+        logits = self.alignment.features(pictures) @ texts.T * self.alignment.network.logit_scale.exp().detach()
         table["confidence"] = logits.softmax(dim=1).amax(dim=1)
         table["background_rgb"] = background_colour(pictures).tolist()
         if "attractor" in prompts:

@@ -119,7 +119,7 @@ def over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
 def _instruments(claims: Claims, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = unseen_scenes()
-    seen = judges.alignment.classify(judges.alignment.picture_features(pictures), judges.objects)
+    seen = judges.alignment.classify(judges.alignment.features(pictures), judges.objects)
     error = (denoiser.decode(encoded(denoiser, pictures)) - pictures).square().flatten(1).mean(dim=1)
     psnr = -10 * error.log10().numpy()
     claims.number("VAE, unseen scenes: PSNR in dB", psnr.mean(), *bootstrap_interval(psnr), len(psnr), least=28)
