@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .forks import bisect, flip_table
-from .metrics import mean_pairwise_distance
 from .models import Denoiser
 from .sampling import Trajectory, sample_from
 from .statistics import bootstrap_interval, wilson_interval
@@ -44,16 +44,16 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> tuple[
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
     """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
 
-    ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted from them. Columns name of the run,
-    t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap over prompts).
+    ``of`` is "latents", the states x_t, or "predicted", the clean latents. Columns name of the run, t, value (mean
+    distance of pairs, by the root of their length: 1.41 for unit noise), low, high (95% bootstrap over prompts).
     """
     tables = []
     for name, run in runs.items():
         prompts = list(dict.fromkeys(run.prompts))
         if len(run) < 2 * len(prompts):
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
-        states = [run.of(prompt).recorded(of)[:, : len(run.timesteps)] for prompt in prompts]
-        widths = torch.stack([*map(mean_pairwise_distance, states)]).numpy()
+        states = [run.of(prompt).recorded(of)[:, : len(run.timesteps)].flatten(2).transpose(0, 1) for prompt in prompts]
+        widths = torch.stack([torch.stack([F.pdist(x).mean() for x in s]) / s.shape[2] ** 0.5 for s in states]).numpy()
         low, high = zip(*[bootstrap_interval(column, resamples=500) for column in widths.T], strict=True)
         curve = {"name": name, "t": run.timesteps, "value": widths.mean(axis=0), "low": low, "high": high}
         tables.append(pd.DataFrame(curve))
@@ -101,10 +101,9 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
 def transition_points_by_bisection(
     denoiser: Denoiser, prompts, seeds, attractors: Tensor, distance, radius: float, starts=None, **options
 ) -> pd.DataFrame:
-    """`transition_points` without the whole sweep: the flip of each sample is found by halving.
+    """`transition_points` without the whole sweep: one flip of each sample is found by `forks.bisect`.
 
-    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options and columns are those of
-    `forks.bisect`. Halving finds one of the flips, and does not see whether there are others.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options and columns are those of halving.
     """
     weights = getattr(distance, "weights", type(distance).__name__)
     options["judged_by"] = f"{weights}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
@@ -128,8 +127,7 @@ def membership(
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
-    From each of ``states`` [B, C, H, W] CFG runs to the end. ``attractor`` is one picture; the further arguments are
-    those of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
+    From each of ``states`` [B, C, H, W] guidance (default CFG 7.5) goes on; further arguments: `sampling.sample_from`.
     """
     run = sample_from(denoiser, [prompt] * len(states), states, timestep, *args, progress=False, **named)
     return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= radius

@@ -187,10 +187,7 @@ def bisect(
 
 
 def flip_table(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> pd.DataFrame:
-    """``samples`` with outcome, captured_at, free_at and point; ``flip`` of the ``starts``, from the earliest, capture.
-
-    Outcomes are flips, always and never; the point is midway between the starts on either side, NaN without a flip.
-    """
+    """Columns outcome to point of `basin.transition_points`; ``flip`` of the ``starts``, the earliest, capture."""
     edges = np.array([np.nan, *starts, np.nan])
     captured_at, free_at = edges[flip], edges[flip + 1]
     outcome = np.select([flip == 0, flip == len(starts)], ["never", "always"], "flips")

@@ -256,9 +256,7 @@ class AttractRepel(WeightedGuidance):
 
 
 class Gated(ConstantGuidance):
-    """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
-
-    The gate costs nothing: the magnitude is that of CFG's two predictions (Wen et al. 2024).
+    """CFG, but ``remedy`` for samples whose magnitude at the first step, which CFG has, is above ``limit`` (Wen 2024).
 
     >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
     -2.0

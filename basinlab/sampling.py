@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -159,7 +158,7 @@ class Mitigation:
     'an owl'
     """
 
-    calls: ClassVar[int] = 0  # predictions of a sample that one of its ``iterations`` makes before the first step
+    calls = 0  # predictions of a sample that one of its ``iterations`` makes before the first step
 
     def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
         """The text that is embedded in the place of ``prompt``."""

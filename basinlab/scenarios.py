@@ -137,8 +137,7 @@ class Judges:
         with suppress(FileNotFoundError):  # an optional package
             self.second = scenario.second_copy and metrics.CopyDistance(scenario.second_copy)
         self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
-        found = {group: self._made(scenario.table, group) for group in scenario.prompts}
-        tables = {group: table for group, table in found.items() if table is not None}
+        tables = {group: x for group in scenario.prompts if (x := self._made(scenario.table, group)) is not None}
         self.objects = sorted({name for table in tables.values() for name in table.get("object", [])})
         for group, table in tables.items():
             if self.distance and "attractor" in table:

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from torchvision import transforms
 from torchvision.transforms.functional import gaussian_blur
 
-from basinlab import data_folder, metrics, scenarios
+from basinlab import Trajectory, basin, data_folder, metrics, scenarios
 from recipe import scenes
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -267,8 +267,10 @@ def test_layout_similarity_is_the_correlation_outside_the_box(pictures):
 
 
 @pytest.mark.parametrize("count, spread", [(2, 1.0), (40, 1.0), (40, 1e-4)])
-def test_mean_pairwise_distance_agrees_with_scipy(count, spread):
+def test_dispersion_agrees_with_scipys_distances(count, spread):
     generator = torch.Generator().manual_seed(count)
     states = 1 + spread * torch.randn(count, 3, 4, 8, 8, generator=generator)
     expected = [pdist(states[:, s].flatten(1).double().numpy()).mean() / np.sqrt(256) for s in range(3)]
-    np.testing.assert_allclose(metrics.mean_pairwise_distance(states), expected, rtol=1e-3)
+    rest = (torch.arange(3), states, states, *[torch.zeros(count)] * 4, None)
+    run = Trajectory(["an owl"] * count, [*range(count)], *rest)
+    np.testing.assert_allclose(basin.dispersion({"run": run})["value"], expected, rtol=1e-3)
