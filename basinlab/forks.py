@@ -187,7 +187,7 @@ def bisect(
 
 
 def flip_table(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> pd.DataFrame:
-    """Columns outcome to point of `basin.transition_points`; ``flip`` of the ``starts``, the earliest, capture."""
+    """``samples`` with outcome to point of `basin.transition_points`; the first ``flip`` of ``starts`` capture."""
     edges = np.array([np.nan, *starts, np.nan])
     captured_at, free_at = edges[flip], edges[flip + 1]
     outcome = np.select([flip == 0, flip == len(starts)], ["never", "always"], "flips")
