@@ -293,17 +293,16 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", default=SCENARIOS, help=f"of {', '.join(names())}, or .yaml files")
     parser.add_argument("--profile", choices=PROFILES, default="reader", help="how much")
     parser.add_argument("--device", help="default: cpu; of several processes each its own GPU")
-    parser.add_argument("--parts", type=Path, default=Path("build/comparison"), help="where it resumes from")
     parser.add_argument("--out", type=Path, default=Path("build/comparison.parquet"), help="the table")
     options, team = parser.parse_args(), processes()
     device = options.device or (str(team.device) if team.num_processes > 1 else "cpu")
     scenarios = [*map(read, options.scenarios)]
-    table = pd.concat([compare(scenario, options.profile, options.parts, device) for scenario in scenarios])
+    table = pd.concat([compare(scenario, options.profile, "build/comparison", device) for scenario in scenarios])
     if team.is_main_process:
         table.attrs["made_with"] = made_with(scenarios, options.profile)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(options.out, index=False)
-        print(f"{len(table)} samples in {options.out}; parts in {options.parts}")
+        print(f"{len(table)} samples in {options.out}; parts in build/comparison")
     team.destroy_process_group()
 
 
