@@ -256,7 +256,7 @@ class AttractRepel(WeightedGuidance):
 
 
 class Gated(ConstantGuidance):
-    """CFG, but ``remedy`` for samples whose magnitude at the first step, which CFG has, is above ``limit`` (Wen 2024).
+    """CFG, but ``remedy`` for samples whose magnitude at T, known at no cost, is above ``limit`` (Wen et al. 2024).
 
     >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
     -2.0
