@@ -10,9 +10,7 @@ A reproduction of Jain et al., "Classifier-Free Guidance inside the Attraction B
 
 import importlib
 
-from ._torchvision import ensure_importable
-
-ensure_importable()
+from . import _torchvision  # noqa: F401
 
 _HOMES = {
     "models": "Denoiser load read_pictures data_folder",

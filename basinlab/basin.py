@@ -1,42 +1,25 @@
 """The paper's definitions, measured: attractor, perceptual ball, capture probability, transition point, funnel.
 
 Definition 2 calls x_a an attractor of a prompt when trajectories under CFG end, whatever the initial noise, inside the
-ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. Here the radius is calibrated on pictures that are
-known not to be copies, and "whatever the noise" becomes many seeds. Definition 3's transition point is read off samples
-whose guidance starts at many timesteps.
+ball {x : D(x, x_a) <= epsilon} with probability at least 1 - delta. The radius is calibrated on pictures that are no
+copies, the noise is many seeds, and Definition 3's transition point is read off many starts of guidance.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .forks import Bisection, bisect
-from .metrics import mean_pairwise_distance
+from .forks import bisect, flip_table
 from .models import Denoiser
 from .sampling import Trajectory, sample_from
 from .statistics import bootstrap_interval, wilson_interval
 from .store import digest
-
-
-def calibrate_radius(negatives: Mapping[str, Tensor], false_positive_rate: float = 0.001) -> float:
-    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of ``negatives``.
-
-    Those are distances to attractors of pictures that are no copies, by where the pictures come from.
-    """
-    radii = []
-    for name, distances in negatives.items():
-        if not len(distances) or not torch.isfinite(distances).all():
-            raise ValueError(f"negatives {name!r}: give at least one distance, all finite")
-        ordered = distances.flatten().sort().values
-        allowed = int(false_positive_rate * len(ordered))
-        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))  # just under the first outside
-    return min(radii)
 
 
 def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt", of: str = "copied") -> pd.DataFrame:
@@ -46,37 +29,31 @@ def capture_probability(table: pd.DataFrame, by: str | Sequence[str] = "prompt",
     return result
 
 
-@dataclass(frozen=True)
-class Attractor:
-    """Definition 2 read off samples alone, without knowing the training set."""
+def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> tuple[int, float]:
+    """Definition 2 read off one prompt's samples [B, 3, height, width] under CFG, without knowing the training set.
 
-    index: int  # of the sample that is nearest to all others, the medoid
-    epsilon: float  # the smallest radius around it that holds at least 1 - delta of the samples
-    delta: float
-
-
-def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> Attractor:
-    """The attractor of one prompt from its samples [B, 3, height, width] under CFG with many seeds."""
+    Gives the index of the sample that is nearest to all others, the medoid, and epsilon, the smallest radius around it
+    that holds at least 1 - ``delta`` of them.
+    """
     pairs = distance.pairs(pictures, pictures)
     index = int(pairs.median(dim=1).values.argmin())
     inside = max(1, math.ceil((1 - delta) * len(pairs) - 1e-9))
-    return Attractor(index, float(pairs[index].sort().values[inside - 1]), delta)
+    return index, float(pairs[index].sort().values[inside - 1])
 
 
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:
     """How far apart the seeds of one prompt are, step by step: the funnel's width as a number.
 
-    ``of`` is "latents", the states x_t, or "predicted", the clean latents predicted from them. Columns name of the run,
-    t, value (mean over prompts of `metrics.mean_pairwise_distance`), low, high (95% bootstrap over prompts).
+    ``of`` is "latents", the states x_t, or "predicted", the clean latents. Columns name of the run, t, value (mean
+    distance of pairs, by the root of their length: 1.41 for unit noise), low, high (95% bootstrap over prompts).
     """
     tables = []
     for name, run in runs.items():
-        states = run.recorded(of)[:, : len(run.timesteps)]
         prompts = list(dict.fromkeys(run.prompts))
         if len(run) < 2 * len(prompts):
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
-        rows = [[i for i, p in enumerate(run.prompts) if p == prompt] for prompt in prompts]
-        widths = torch.stack([mean_pairwise_distance(states[r]) for r in rows]).numpy()
+        states = [run.of(prompt).recorded(of)[:, : len(run.timesteps)].flatten(2).transpose(0, 1) for prompt in prompts]
+        widths = torch.stack([torch.stack([F.pdist(x).mean() for x in s]) / s.shape[2] ** 0.5 for s in states]).numpy()
         low, high = zip(*[bootstrap_interval(column, resamples=500) for column in widths.T], strict=True)
         curve = {"name": name, "t": run.timesteps, "value": widths.mean(axis=0), "low": low, "high": high}
         tables.append(pd.DataFrame(curve))
@@ -108,58 +85,40 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     Where the outcome ``of`` is not known (NA), they are left out. One row a sample: prompt, seed, outcome ("flips",
     "always" or "never" captured), captured_at and free_at (the start times on either side of the flip), point (their
     middle; NaN where nothing flips), against (how many start times disagree with one flip) and monotone (none does).
-    The flip is put where the fewest disagree, and at the earliest start if there are several such places.
+    The flip is put where the fewest disagree, of several such places at the earliest.
     """
     table = table.dropna(subset=of)
     wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
     wide = wide[sorted(wide.columns, reverse=True)]
-    copied, starts = wide.to_numpy(bool), wide.columns.tolist()
-    # wrong[m]: start times that disagree with "captured at the first m, free at the rest"
-    free_early = np.cumsum(~copied, axis=1)
-    held_late = copied.sum(axis=1, keepdims=True) - np.cumsum(copied, axis=1)
-    wrong = np.concatenate([copied.sum(axis=1, keepdims=True), free_early + held_late], axis=1)
-    against, points = wrong.min(axis=1), _points(wide.index.to_frame(index=False), wrong.argmin(axis=1), starts)
+    starts = wide.columns.tolist()
+    flips = np.tri(len(starts) + 1, len(starts), -1, dtype=bool)  # row m: captured at the first m starts, then free
+    wrong = (wide.to_numpy()[:, None] != flips).sum(axis=2)
+    against, points = wrong.min(axis=1), flip_table(wide.index.to_frame(index=False), wrong.argmin(axis=1), starts)
     return points.assign(against=against, monotone=against == 0)
 
 
 def transition_points_by_bisection(
     denoiser: Denoiser, prompts, seeds, attractors: Tensor, distance, radius: float, starts=None, **options
-) -> tuple[pd.DataFrame, Bisection]:
-    """`transition_points` without the whole sweep: the flip of each sample is found by halving.
+) -> pd.DataFrame:
+    """`transition_points` without the whole sweep: one flip of each sample is found by `forks.bisect`.
 
-    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options are those of `forks.bisect`. Gives the
-    table without against and monotone, which halving cannot see (it finds one of the flips), and the bisection.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options and columns are those of halving.
     """
-
-    def captured(pictures: Tensor, rows: list[int]) -> Tensor:
-        return distance(pictures, attractors[rows]) <= radius
-
-    name = getattr(distance, "name", type(distance).__name__)
-    judged_by = f"{name}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
-    found = bisect(denoiser, prompts, seeds, captured, starts, judged_by=judged_by, **options)
-    samples = pd.DataFrame({"prompt": found.prompts, "seed": found.seeds})
-    return _points(samples, found.captured.numpy(), found.starts), found
+    weights = getattr(distance, "weights", type(distance).__name__)
+    options["judged_by"] = f"{weights}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"
+    return bisect(denoiser, prompts, seeds, lambda x, rows: distance(x, attractors[rows]) <= radius, starts, **options)
 
 
-def _points(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> pd.DataFrame:
-    """The table of `transition_points`; ``flip`` start times, from the earliest, capture."""
-    edges = np.array([np.nan, *starts, np.nan])
-    captured_at, free_at = edges[flip], edges[flip + 1]
-    outcome = np.select([flip == 0, flip == len(starts)], ["never", "always"], "flips")
-    return samples.assign(outcome=outcome, captured_at=captured_at, free_at=free_at, point=(captured_at + free_at) / 2)
+def placed(points: pd.DataFrame) -> pd.Series:
+    """Each sample's transition point, t = 0 for one captured at every start, t = 1000 for one captured at none."""
+    return points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
 
 
 def median_points(points: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Median transition point of each group of ``by``; columns level, point, low, high (95% bootstrap), n.
-
-    Samples captured at every start count as t = 0, at none as t = 1000: such a median says that half do not flip.
-    """
-    placed = points["point"].fillna(points["outcome"].map({"always": 0.0, "never": 1000.0}))
-    rows = []
-    for level, values in placed.groupby(points[by], sort=False):
-        low, high = bootstrap_interval(values.to_numpy(), np.median)
-        rows.append((level, values.median(), low, high, len(values)))
+    """Median of the `placed` points of each group of ``by``; columns level, point, low, high (95% bootstrap), n."""
+    groups = placed(points).groupby(points[by], sort=False)
+    rows = [(level, x.median(), *bootstrap_interval(x, np.median), len(x)) for level, x in groups]
     return pd.DataFrame(rows, columns=["level", "point", "low", "high", "n"])
 
 
@@ -168,30 +127,24 @@ def membership(
 ) -> Tensor:
     """Which states x_t lie in the attraction basin at ``timestep`` (Definition 2), [B] bool.
 
-    From each of ``states`` [B, C, H, W] CFG runs to the end. ``attractor`` is one picture; the further arguments are
-    those of `sampling.sample_from`: guidance (default CFG 7.5), steps, scheduler, batch_size.
+    From each of ``states`` [B, C, H, W] guidance (default CFG 7.5) goes on; further arguments: `sampling.sample_from`.
     """
     run = sample_from(denoiser, [prompt] * len(states), states, timestep, *args, progress=False, **named)
     return distance(run.images(), attractor.expand(len(states), *attractor.shape[-3:])) <= radius
 
 
 def escapes(
-    run: Trajectory, free: Trajectory, attractors: Tensor, distance, radius: float, timesteps, places, guidance=None,
-    **options,
-) -> pd.DataFrame:  # fmt: skip
+    run: Trajectory, free: Trajectory, attractors: Tensor, distance, radius, timesteps, places, guidance=None, **options
+) -> pd.DataFrame:
     """Push captured trajectories towards unguided ones and see which still end in the ball.
 
-    At each of ``timesteps`` the state goes a part of the way, each of ``places``, to that of ``free`` (1), the same
-    samples without guidance; then ``guidance`` (default CFG 7.5) goes on to the end. Where half escape at 1, unguided
-    trajectories leave (Definition 3). A random direction would be nearly orthogonal to what decides.
-
-    ``run`` are B recorded trajectories that end in the ball, ``attractors`` [B, 3, height, width]; ``options`` are of
-    `sampling.sample_from`. One row a push: prompt, seed, t, push, escaped.
+    ``run`` are B recorded trajectories that end in the ball of ``attractors`` [B, 3, height, width]. At each of
+    ``timesteps`` the state goes a part of the way, each of ``places``, to that of ``free`` (1), the same samples
+    without guidance; then ``guidance`` (default CFG 7.5) goes on, with ``options`` of `sampling.sample_from`. Where
+    half escape at 1, unguided trajectories leave (Definition 3). One row a push: prompt, seed, t, push, escaped.
     """
     times, count, parts = run.timesteps.tolist(), len(places), []
     for t in timesteps:
-        if t not in times:
-            raise ValueError(f"{t} is no timestep of these trajectories; they have {times}")
         start, end = (of.recorded("latents")[:, times.index(t)] for of in (run, free))
         pushed = torch.cat([start + r * (end - start) for r in places])
         again = {"seeds": run.seeds * count, "steps": len(times), **options}
@@ -225,10 +178,10 @@ def funnel_width(table: pd.DataFrame) -> pd.DataFrame:
 def _half(pushes: np.ndarray, escaped: np.ndarray) -> float:
     """The push at which the mean of ``escaped`` [N, pushes] first reaches one half."""
     share = escaped.mean(axis=0)
-    above = np.flatnonzero(share >= 0.5)
-    if not len(above):
+    if share.max() < 0.5:
         return np.inf
-    around = slice(max(above[0] - 1, 0), above[0] + 1)
+    first = int((share >= 0.5).argmax())
+    around = slice(max(first - 1, 0), first + 1)
     return float(np.interp(0.5, share[around], pushes[around]))
 
 

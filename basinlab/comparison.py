@@ -43,24 +43,19 @@ Setting = list
 
 
 def methods(scenario: Scenario) -> dict[str, list[Setting]]:
-    """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong.
-
-    They lie around the authors', rescaled: latents have a quarter of the norm, embeddings a deviation of 0.22, not 1.
-    """
+    """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong."""
+    # the four lie around the authors', rescaled: latents have a quarter of the norm, embeddings a deviation of 0.22
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
-    point, until = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
-    fifth = g.StaticTransitionPoint(899 if bundled else 919, s)  # CFG from the fifth step on
+    stp, og = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
 
     def settings(kind, authors: Sequence, ours: Sequence, guidance=None) -> list[Setting]:
         made = [kind(*constants) for constants in (ours if bundled else [authors])]
         return [[x] if isinstance(x, BaseGuidance) else [x, guidance or g.ConstantGuidance(s)] for x in made]
 
-    words, pushes = [(1,), (2,), (4,), (8,)], [(750, 0.5), (700, 1), (650, 1), (650, 2)]
+    words, fifth = [(1,), (2,), (4,), (8,)], g.StaticTransitionPoint(899 if bundled else 919, s)  # the fifth step
     guards = [(0.6, s / 8), (0.3, s / 3.75), (0.3, s / 2.5), (0.1, s / 2)] if bundled else [(0.3, s / 3.75)]
-    ordinary = ordinary_prompts(scenario)
-    apg = [(s, None, norm, None, 0) for norm in (7.5, 3.75, 2, 1)]  # the second is the authors', rescaled
-    stability = settings(m.StabilityRegion, (3, ordinary, s), [(gamma, ordinary, s) for gamma in (4, 3, 2, 1)])
-    return {
+    ordinary, apg = ordinary_prompts(scenario), [(s, None, norm, None, 0) for norm in (7.5, 3.75, 2, 1)]
+    every = {
         "CFG": [[g.ConstantGuidance(s)]],
         "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
         "RNA": settings(m.RandomNumbers, (), words),
@@ -75,17 +70,18 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "SAIL": settings(m.SharpnessAwareNoise, (), [(t, 0.25, 0.01, 0.02) for t in (0.6, 0.5, 0.45, 0.4)]),
         "interval": settings(g.GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
         "schedule": settings(g.ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
-        "STP": settings(g.StaticTransitionPoint, (point, s), [(t, s) for t in (700, 600, 500, 400)]),
+        "STP": settings(g.StaticTransitionPoint, (stp, s), [(t, s) for t in (700, 600, 500, 400)]),
         "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
-        "OG + STP": settings(g.OppositeGuidance, (until, s, push), [(t, s, o) for t, o in pushes]),
+        "OG + STP": settings(g.OppositeGuidance, (og, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]),
         "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
         "GUARD": [[m.SpikeDamping(scale), g.AttractRepel(s, repel)] for scale, repel in guards],
         "PRSS": settings(m.Reanchoring, (), [(t,) for t in (0.4, 0.2, 0.1, 0.05)]),
-        **({"stability": stability} if ordinary else {}),
+        "stability": settings(m.StabilityRegion, (3, ordinary, s), [(gamma, ordinary, s) for gamma in (4, 3, 2, 1)]),
         "APG": settings(AdaptiveProjectedGuidance, (s, None, 15, None, 0), apg),
         # without zeros at first: they are for a velocity; an epsilon of 0 at T would take the noise for the picture
         "CFG-Zero*": settings(ClassifierFreeZeroStarGuidance, (s, 0), [(s * part, 0) for part in (1, 0.6, 0.4, 0.2)]),
     }
+    return {name: tried for name, tried in every.items() if ordinary or name != "stability"}
 
 
 def ordinary_prompts(scenario: Scenario, count: int = 50) -> tuple[str, ...]:
@@ -101,16 +97,16 @@ def ordinary_prompts(scenario: Scenario, count: int = 50) -> tuple[str, ...]:
 def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
     """Each method's number of the setting with most samples new and right; of equal ones the weakest."""
     best = tuning.loc[tuning.sort_values("setting").groupby("method")["new_and_right"].idxmax()]
-    return dict(zip(best["method"], best["setting"], strict=True))
+    return best.set_index("method")["setting"].to_dict()
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Methods at the setting best on the held-out prompts, or at their only one; one not tuned yet is left out."""
     every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
-    if missing := [name for name, tried in every.items() if len(tried) > 1 and name not in best]:
+    best |= {name: 0 for name, tried in every.items() if len(tried) == 1}
+    if missing := [name for name in every if name not in best]:
         warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
-    chosen = {name: tried for name, tried in every.items() if name not in missing}
-    return {name: tried[best[name] if len(tried) > 1 else 0] for name, tried in chosen.items()}
+    return {name: tried[best[name]] for name, tried in every.items() if name in best}
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
@@ -126,21 +122,19 @@ def processes() -> PartialState:
 
 def run_grid(
     denoiser: Denoiser, prompts: pd.DataFrame, seeds: Sequence[int], methods: Mapping[str | tuple, Setting],
-    judges: Judges, folder: str | Path | None, *, steps: int = 50, measure: bool = False, block: int = 16,
-    batch_size: int = 32, bar: tqdm | None = None,
+    judges: Judges, folder: str | Path | None, *, steps=50, measure=False, block=16, batch_size=32, bar=None,
 ) -> pd.DataFrame:  # fmt: skip
     """Sample ``prompts`` x ``seeds`` under every method and judge the images; resumes from ``folder``.
 
     ``block`` prompts of a method are one file; processes share the files out, and each returns the whole table: the
-    columns of ``judges``, seconds a sample, and method (of a tuple, method, setting and rule).
+    columns of ``judges``, seconds a sample, and method (of a tuple, method, setting and rule). ``bar`` is a tqdm's.
     """
     team, options = processes(), {"steps": steps, "measure": measure}
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
-    options |= {"batch_size": batch_size, "record": False, "progress": False}
 
     def made(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
-        began = time.perf_counter()
-        run = sample(denoiser, rows["prompt"].tolist(), seeds, setting, **options)
+        given, began = (denoiser, rows["prompt"].tolist(), seeds, setting), time.perf_counter()
+        run = sample(*given, **options, batch_size=batch_size, record=False, progress=False)
         seconds = (time.perf_counter() - began) / len(run)
         return judges(run, rows).assign(seconds=seconds)
 
@@ -299,17 +293,16 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", default=SCENARIOS, help=f"of {', '.join(names())}, or .yaml files")
     parser.add_argument("--profile", choices=PROFILES, default="reader", help="how much")
     parser.add_argument("--device", help="default: cpu; of several processes each its own GPU")
-    parser.add_argument("--parts", type=Path, default=Path("build/comparison"), help="where it resumes from")
     parser.add_argument("--out", type=Path, default=Path("build/comparison.parquet"), help="the table")
     options, team = parser.parse_args(), processes()
     device = options.device or (str(team.device) if team.num_processes > 1 else "cpu")
     scenarios = [*map(read, options.scenarios)]
-    table = pd.concat([compare(scenario, options.profile, options.parts, device) for scenario in scenarios])
+    table = pd.concat([compare(scenario, options.profile, "build/comparison", device) for scenario in scenarios])
     if team.is_main_process:
         table.attrs["made_with"] = made_with(scenarios, options.profile)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(options.out, index=False)
-        print(f"{len(table)} samples in {options.out}; parts in {options.parts}")
+        print(f"{len(table)} samples in {options.out}; parts in build/comparison")
     team.destroy_process_group()
 
 

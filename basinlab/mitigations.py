@@ -1,15 +1,12 @@
 """The mitigations of earlier work, each from its paper, through one interface.
 
 A `Mitigation` changes prompt, embedding, attention or initial noise of every sample by itself. What it draws at random
-depends on the seed, apart from the initial noise.
-
-Constants are the authors', for Stable Diffusion's 4x64x64 latents. Lengths scale with the square root of the latent's
-size, guidance magnitudes at T with sqrt(alpha_bar_T) as well.
+depends on the seed, apart from the initial noise. Constants are the authors', for Stable Diffusion's 4x64x64 latents:
+lengths scale with the square root of the latent's size, guidance magnitudes at T with sqrt(alpha_bar_T) as well.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -22,8 +19,7 @@ from .sampling import Mitigation, State, sample
 from .store import kept, output_folder
 
 
-def _random(mitigation: Mitigation, seed: int, *more: int) -> np.random.Generator:
-    """The random stream of one mitigation of one sample."""
+def _random(mitigation: Mitigation, seed: int, *more: int) -> np.random.Generator:  # of one sample
     return np.random.default_rng([seed, crc32(type(mitigation).__name__.encode()), *more])
 
 
@@ -58,8 +54,7 @@ class RandomTokens(_Insertion):
     """RTA: random tokens of the vocabulary in the prompt (Somepalli et al. 2023; theirs: 4)."""
 
     def _word(self, prompt, rng, denoiser):
-        special = set(denoiser.tokenizer.all_special_ids)
-        usual = [i for i in range(len(denoiser.tokenizer)) if i not in special]
+        usual = sorted({*range(len(denoiser.tokenizer))} - {*denoiser.tokenizer.all_special_ids})
         return denoiser.tokenizer.decode([int(rng.choice(usual))]).strip()
 
 
@@ -85,8 +80,7 @@ class ConditionAnnealing(Mitigation):
     """CADS: noise on the embedding that fades while sampling goes on (Sadat et al., ICLR 2024, arXiv 2310.17347).
 
     y_t = sqrt(gamma) y + scale sqrt(1 - gamma) n, brought back to mean and deviation of y; gamma rises from 0 at
-    ``first`` (their tau_2) to 1 at ``last`` (tau_1); ``mixing`` (psi) is 1 for full rescaling. The defaults are those
-    of the official script of Jain et al.
+    ``first`` (tau_2) to 1 at ``last`` (tau_1); ``mixing`` (psi) is 1 for full rescaling. Defaults: Jain et al.'s code.
     """
 
     scale: float = 0.1
@@ -144,8 +138,7 @@ def _norm(x: Tensor) -> Tensor:
 class _Descent(Mitigation):
     """Gradient steps until ``loss(state, x)`` [B] is at most ``target`` for a sample, or ``iterations`` are over."""
 
-    calls: ClassVar[int] = 2  # predictions that the loss makes of a sample
-    optimizer: ClassVar[type] = torch.optim.AdamW
+    calls, optimizer = 2, torch.optim.AdamW
 
     def most_predictions(self):
         return self.calls * (3 * self.iterations + 1)
@@ -216,6 +209,7 @@ class NoiseAscent(Mitigation):
     x_T - gamma (g(x_T + rho g / ||g||) - g(x_T)). Theirs samples with CFG from the fifth step on. Defaults are theirs.
     """
 
+    calls = 4
     rho: float = 50.0
     gamma: float = 0.7
     iterations: int = 2
@@ -226,10 +220,7 @@ class NoiseAscent(Mitigation):
             ahead = state.latents + self.rho * here / _norm(here)[:, None, None, None]
             there = _difference(state, ahead, state.conditional)
             state.latents = state.latents - self.gamma * (there - here)
-            state.calls = state.calls + 4
-
-    def most_predictions(self):
-        return 4 * self.iterations
+            state.calls = state.calls + self.calls
 
 
 @dataclass(frozen=True)
@@ -277,6 +268,7 @@ class Reanchoring(Mitigation):
     language model; here p is the prompt's words in another order, which needs none but is less of a sentence.
     """
 
+    calls = 2
     limit: float = 3.0
 
     def begin(self, state):
@@ -285,26 +277,21 @@ class Reanchoring(Mitigation):
         texts = [" ".join(_random(self, seed).permutation(text.split())) for seed, text in of]
         state.unconditional = torch.where(above, state.conditional, state.unconditional)
         state.conditional = torch.where(above, state.denoiser.embed(texts), state.conditional)
-        state.calls = state.calls + 2
-
-    def most_predictions(self):
-        return 2
-
-
-class _Onlooker(Mitigation):
-    def __init__(self):
-        self.norms = []
-
-    def settle(self, x, state, step, kind):
-        self.norms.append(_norm(x).cpu())
-        return x
+        state.calls = state.calls + self.calls
 
 
 def ordinary_norms(denoiser: Denoiser, prompts: Sequence[str], guidance=None, steps=50, scheduler=None) -> Tensor:
     """Mean and deviation [2, S, 3] of the norms of prediction, update and latents, over ``prompts``, a seed each."""
-    onlooker, options = _Onlooker(), {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
-    sample(denoiser, prompts, 0, [onlooker, guidance or ConstantGuidance()], **options)
-    norms = torch.stack([torch.cat(onlooker.norms[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
+    seen = []
+
+    class Onlooker(Mitigation):
+        def settle(self, x, state, step, kind):
+            seen.append(_norm(x).cpu())
+            return x
+
+    options = {"steps": steps, "scheduler": scheduler, "record": False, "progress": False}
+    sample(denoiser, prompts, 0, [Onlooker(), guidance or ConstantGuidance()], **options)
+    norms = torch.stack([torch.cat(seen[k :: 3 * steps]) for k in range(3 * steps)])  # of all batches
     return torch.stack([norms.mean(dim=1), norms.std(dim=1)]).unflatten(1, (steps, 3))
 
 

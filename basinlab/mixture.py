@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from .models import Denoiser
@@ -26,13 +26,9 @@ class MixtureDenoiser(Denoiser):
 
     latent_shape = (2, 1, 1)
 
-    def __init__(
-        self, centres: Sequence[Sequence[float]], deviations: Sequence[float], prompts: Mapping[str, Sequence[float]],
-        scheduler: SchedulerMixin | None = None, dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
+    def __init__(self, centres, deviations, prompts: Mapping[str, Sequence], scheduler=None, dtype=torch.float32):
         self.name, self.device, self.dtype = "mixture", torch.device("cpu"), dtype
-        self.centres = torch.tensor(np.asarray(centres), dtype=dtype)
-        self.deviations = torch.tensor(np.asarray(deviations), dtype=dtype)
+        self.centres, self.deviations = (torch.tensor(np.asarray(x), dtype=dtype) for x in (centres, deviations))
         self.weights = {prompt: torch.tensor(np.asarray(w), dtype=dtype) for prompt, w in prompts.items()}
         if "" not in self.weights:
             raise ValueError(f"the prompts {list(prompts)} have no '': give the unconditional weights under it")

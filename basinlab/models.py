@@ -1,7 +1,6 @@
 """From a name to a denoiser: ``load`` gives Definition 1 of the paper, phi(x, t, e).
 
-Letters used everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are those of the training
-schedule, from T - 1 = 999 down to 0.
+Letters everywhere: B samples, S steps, C, H, W latent; L tokens, E text width. Timesteps are of training: 999 to 0.
 """
 
 import hashlib
@@ -96,11 +95,11 @@ class TokenAttention:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
-        mask = None
-        if encoder_hidden_states is not None and token_scale is not None:
+        mask, cross = None, encoder_hidden_states is not None
+        if cross and token_scale is not None:
             scale = token_scale[:, : key.shape[2]]  # XL's embedding has one row more, which is not attended to
             key, mask = key * scale[:, None, :, None], (scale != 0)[:, None, None]
-        if encoder_hidden_states is not None and spikes is not None and self.early:
+        if cross and spikes is not None and self.early:
             highest = (query @ key.mT).amax(dim=2) * attn.scale  # [B, heads, L]
             deviation, mean = torch.std_mean(highest[..., 1:], dim=2, keepdim=True)
             found = (highest - mean) / (deviation + 1e-6) > spikes[:, None, 1:]
@@ -159,12 +158,12 @@ class StableDiffusion(Denoiser):
     def _inputs(self, latents: Tensor, embedding: Tensor) -> dict:
         return {"encoder_hidden_states": embedding}
 
+    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, height, width] float32 in 0..1, on the CPU, made as many at once as 64 of 16 x 16 latents."""
-        with torch.inference_mode():
-            parts = [x.to(self.device, self.vae.dtype) for x in latents.split(max(1, 2**14 // latents[0, 0].numel()))]
-            pixels = [self.vae.decode(part / self.vae.config.scaling_factor).sample.float() for part in parts]
-            return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1).cpu()
+        parts = [x.to(self.device, self.vae.dtype) for x in latents.split(max(1, 2**14 // latents[0, 0].numel()))]
+        pixels = [self.vae.decode(part / self.vae.config.scaling_factor).sample.float() for part in parts]
+        return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1).cpu()
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -192,9 +191,8 @@ _KINDS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline
 
 
 def load(
-    name: str | Path, *, unet: str | Path | None = None, resolution: int | None = None,
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-) -> StableDiffusion:  # fmt: skip
+    name: str | Path, *, unet=None, resolution: int | None = None, device="cpu", dtype=torch.float32
+) -> StableDiffusion:
     """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
 
     ``name`` is a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or its id in the

@@ -1,8 +1,7 @@
 """Every picture of the notebooks. A plot takes a table or tensors and returns a Figure.
 
 ``dots`` and ``intervals`` draw nearly all tables, from the columns value, low and high. The same thing has the same
-colour everywhere (``COLOURS``, seaborn's colour-blind safe palette). ``save`` writes PNG, PDF and CSV, and notes in
-manifest.json what a figure was made from.
+colour everywhere (``COLOURS``, of seaborn's colour-blind safe palette). ``save`` writes a figure and what it shows.
 """
 
 import base64
@@ -41,29 +40,16 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
     "since the paper": (_PALETTE[6], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
-_NAMED = {  # number in the palette -> what has that colour; 0.6, 0.8 and 0.95 are shares of duplicates
-    0: ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", "which prompt", 0.8),
-    1: (
-        "ordinary",
-        "memorized, CFG late",
-        "released",
-        "opposite guidance before",
-        "dynamic",
-        "with DTP",
-        "conditional",
-    ),
-    2: ("ordinary, CFG", "object right", "static"),
-    3: ("memorized, CFG", "captured", "copied", "with OG + DTP", "difference", "which sample"),
-    4: (0.95,),
-    5: ("unseen scene",),
-    7: ("with CFG",),
-    8: ("other artist's scene",),
-    9: (0.6,),
-}
-COLOURS = {name: _PALETTE[i] for i, names in _NAMED.items() for name in names} | {"measured": "black"}
+_NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are shares of duplicates
+    ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
+    ("ordinary", "memorized, CFG late", "released", "opposite guidance before", "dynamic", "conditional"),
+    ("ordinary, CFG", "object right", "static"),
+    ("memorized, CFG", "captured", "copied", "difference"),
+)
+COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": "black"}
+COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
 _STYLES = {"measured": "-", "static": ":", "dynamic": "--"}  # of transition points
-VERSIONS = ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")
 
 
 def use_theme() -> None:
@@ -76,11 +62,11 @@ def use_theme() -> None:
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
     """Write NAME.png, NAME.pdf and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
 
-    ``inputs`` says what the figure shows: weights (`Denoiser.fingerprint`), prompts, seeds, guidance. Pictures alone
-    have few colours and no lines: they become a PNG with a palette, and no PDF.
+    Those are what it was made from: weights, prompts, seeds, guidance. Pictures alone become a small PNG, and no PDF.
     """
-    folder = output_folder() / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, lock = output_folder() / "figures", output_folder() / "build" / "manifest.lock"
+    for parent in (folder, lock.parent):
+        parent.mkdir(parents=True, exist_ok=True)
     lines = any(axis.lines or axis.collections for axis in figure.axes)
     for suffix in (".png", ".pdf") if lines else (".png",):
         part = folder / f"{name}.part{suffix}"
@@ -89,35 +75,25 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
             Image.open(part).convert("RGB").quantize(256).save(part, optimize=True)
         os.replace(part, folder / f"{name}{suffix}")
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
-    manifest, part = folder / "manifest.json", folder / "manifest.part"
-    lock = output_folder() / "build" / "manifest.lock"
-    lock.parent.mkdir(exist_ok=True)
-    with FileLock(lock):  # another process may write another figure
-        entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-        entries[name] = {**inputs, **_circumstances()}
-        part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-        os.replace(part, manifest)
-
-
-def _circumstances() -> dict:
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        git = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        git = "not a checkout"
-    versions = {package: version(package) for package in VERSIONS}
-    return {"versions": versions, "commit": git.strip(), "date": datetime.now(UTC).date().isoformat()}
+        commit = "not a checkout"
+    versions = {x: version(x) for x in ("torch", "diffusers", "transformers", "umap-learn", "numpy", "matplotlib")}
+    manifest, part = folder / "manifest.json", folder / "manifest.part"
+    with FileLock(lock):  # another process may write another figure
+        entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+        entries[name] = {**inputs, "versions": versions, "commit": commit, "date": datetime.now(UTC).date().isoformat()}
+        part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+        os.replace(part, manifest)
 
 
 def picture_grid(
     pictures: Tensor, rows: Sequence[str], columns=(), framed=None, left=None, left_title: str = "training\npicture"
 ) -> Figure:
-    """Pictures [R, N, 3, h, w], with labels of rows and columns; a frame marks copies, ``framed`` [R, N] bool.
-
-    ``left`` [R, 3, h, w] puts a reference, the attractor, before each row.
-    """
-    count, width = pictures.shape[:2]
-    offset = int(left is not None)
+    """Pictures [R, N, 3, h, w]; a frame marks copies, ``framed`` [R, N] bool; before each row ``left`` [R, 3, h, w]."""
+    (count, width), offset = pictures.shape[:2], int(left is not None)
     size = (1.15 * (width + offset) + 1.6, 1.25 * count + 0.3)
     figure, axes = plt.subplots(count, width + offset, figsize=size, squeeze=False)
     for r, n in np.ndindex(count, width + offset):
@@ -180,8 +156,7 @@ def dots(
     ``axes`` are set on every panel (xlabel, ylabel, xlim, ylim, ...). ``strips`` has ``panel`` and the columns of
     `thumbnails`, ``marks`` ``panel``, name and at: vertical lines, such as the transition points.
     """
-    size = size or ((4.2, 3.3) if panel else (6.6, 3.8))
-    figure, panels = _panels(table, panel, 3, size, sharey=True)
+    figure, panels = _panels(table, panel, 3, size or ((4.2, 3.3) if panel else (6.6, 3.8)), sharey=True)
     for name, axis, rows in panels:
         for label, part in [(None, rows)] if hue is None else rows.groupby(hue, sort=False):
             colour, numbers = COLOURS.get(label, "black"), pd.api.types.is_numeric_dtype(part[x])
@@ -213,10 +188,10 @@ def dots(
     return figure
 
 
-def over_start(table: pd.DataFrame, hue: str, ylabel: str = "share copied", title="") -> Figure:
-    """A share over the start of CFG: columns start, ``hue``, value, low, high; 0, at the right end, is never."""
-    limits = {"xlim": (1020, min(80, table["start"].min() - 20)), "ylim": (-0.03, 1.03)}
-    return dots(table, "start", hue, title=title, xlabel="CFG starts at timestep", ylabel=ylabel, **limits)
+def over_start(table: pd.DataFrame, hue: str, title="") -> Figure:
+    """The share copied over the start of CFG: columns start, ``hue``, value, low, high; 0, at the right, is never."""
+    axes = {"xlim": (1020, min(80, table["start"].min() - 20)), "ylim": (-0.03, 1.03), "ylabel": "share copied"}
+    return dots(table, "start", hue, title=title, xlabel="CFG starts at timestep", **axes)
 
 
 def intervals(table: pd.DataFrame, panel: str, **axes) -> Figure:
@@ -278,14 +253,13 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
 
 
 def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
-    """The exact world's plane, one panel a title. Each panel holds any of these.
+    """The exact world's plane, one panel a title. Each has attractor [2], a cross, and any of the others.
 
     points [N, 2]: a crowd. inside [N, N] bool, rows along y: the basin, shaded. arrows: grid [G, 2] and field [G, 2],
-    lengths to scale within a panel and cut at the 90th percentile. paths: name -> [B, S, 2], trajectories up to now.
-    centres [K, 2]: gray dots. attractor [2]: a cross.
+    cut at the 90th percentile. paths: name -> [B, S, 2], trajectories up to now. centres [K, 2]: gray dots.
     """
-    size = {"figsize": (3.1 * len(panels), 3.4), "sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = plt.subplots(1, len(panels), **size)
+    count = len(panels)
+    figure, axes = plt.subplots(1, count, figsize=(3.1 * count, 3.4), sharex=True, sharey=True, squeeze=False)
     shade = {"cmap": sns.light_palette(COLOURS["captured"], as_cmap=True), "vmax": 1.6, "origin": "lower"}
     for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
         if "inside" in panel:
@@ -294,10 +268,8 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
             axis.scatter(*panel["points"].T, s=5, alpha=0.5, linewidth=0, color=_PALETTE[0])
         if "arrows" in panel:
             grid, field = panel["arrows"]
-            lengths = field.norm(dim=1, keepdim=True)
-            longest = lengths.quantile(0.9)
-            clipped = field * (longest / lengths.clamp_min(1e-9)).clamp_max(1)
-            scale = float(longest / (grid[1, 0] - grid[0, 0]))
+            longest = field.norm(dim=1).quantile(0.9)
+            clipped, scale = field.renorm(2, 0, float(longest)), float(longest / (grid[1, 0] - grid[0, 0]))
             axis.quiver(*grid.T, *clipped.T, color=_PALETTE[0], angles="xy", scale_units="xy", scale=scale, width=0.006)
         for name, states in panel.get("paths", {}).items():
             axis.plot(*states.permute(2, 1, 0), color=COLOURS[name], linewidth=0.8, alpha=0.7)
@@ -319,10 +291,9 @@ def _address(picture: Tensor) -> str:
 
 
 def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
-    """A linked figure without a kernel: drag the start of guidance along the magnitude, and the picture follows.
+    """A linked figure without kernel or network: drag the start of guidance along the magnitude, the picture follows.
 
-    ``samples`` has the columns prompt, seed, before, start, copied and picture [3, h, w]; ``curves`` has prompt, seed,
-    before, t and magnitude. The page brings its library (Vega) with it.
+    ``samples``: prompt, seed, before, start, copied, picture [3, h, w]; ``curves``: prompt, seed, before, t, magnitude.
     """
     import altair as alt
     from IPython.display import HTML
@@ -332,11 +303,10 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
     when = rows["start"].map(lambda t: f"from t = {t}" if t else "never")
     labels = when + rows["copied"].map({True: ": copy", False: ": new"})
-    rows = rows.assign(picture=[_address(p) for p in rows["picture"]], k=rows["start"].map(starts.index), label=labels)
-    choices = []
-    for name in ("prompt", "seed", "before"):
-        menu = alt.binding_select(options=rows[name].unique().tolist(), name=f"{name} ")
-        choices.append(alt.param(name=name, value=menu.options[0], bind=menu))
+    rows = rows.assign(picture=rows["picture"].map(_address), k=rows["start"].map(starts.index), label=labels)
+    options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
+    menus = {name: alt.binding_select(options=given, name=f"{name} ") for name, given in options.items()}
+    choices = [alt.param(name=name, value=options[name][0], bind=menu) for name, menu in menus.items()]
     drag = "pointerdown, [pointerdown, window:pointerup] > window:pointermove"
     slider = alt.binding_range(min=0, max=len(starts) - 1, step=1, name="start of guidance ")
     start = alt.selection_point(name="start", fields=["k"], value=0, nearest=True, on=drag, clear=False, bind=slider)

@@ -1,8 +1,7 @@
 """Trajectories on a sheet of paper, in two views. Each gives a table: name, trajectory, t, x, y.
 
-UMAP has no scale of its own: a crowd and a scatter of points come out about equally wide. So each bundle is given its
-true width afterwards. Its layout differs between processors, even with a seed: widths and the order in time may be
-read off it, places may not.
+UMAP has no scale of its own, so each bundle is given its true width afterwards. Its layout differs between processors,
+even with a seed: widths and the order in time may be read off it, places may not.
 """
 
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from torch import Tensor
 def umap(bundles: Mapping[str, Tensor], timesteps: Tensor, neighbours: int = 15) -> pd.DataFrame:
     """Place the states [B, S, ...] of each bundle in the plane, slice by slice, by AlignedUMAP (McInnes et al. 2018).
 
-    A trajectory is tied to where it was a slice before. Each bundle of a slice is centred, and its root mean square
-    radius is the true one, in the latents' own units (1 for pure noise).
+    A trajectory is tied to where it was a slice before. Each bundle is centred, with its true root mean square radius.
     """
     from umap import AlignedUMAP  # takes seconds to import
 

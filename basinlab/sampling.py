@@ -45,11 +45,9 @@ class Samples:
 
     def table(self) -> pd.DataFrame:
         """One row a sample, of a sweep one a sample and start: prompt, seed, (start,) calls, gradient_passes."""
-        table = pd.DataFrame({"prompt": self.prompts, "seed": self.seeds}).assign(calls=self.network_calls)
+        table = pd.DataFrame({"prompt": self.prompts, "seed": self.seeds, "calls": self.network_calls})
         table["gradient_passes"] = getattr(self, "gradient_passes", 0 * self.network_calls)
-        if hasattr(self, "starts"):
-            table = table.merge(pd.DataFrame({"start": self.starts}), how="cross")
-        return table
+        return table.merge(pd.DataFrame({"start": self.starts}), how="cross") if hasattr(self, "starts") else table
 
 
 @dataclass(repr=False)
@@ -90,7 +88,6 @@ class Trajectory(Samples):
         return self[[i for i, p in enumerate(self.prompts) if p == prompt]]
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "Trajectory":
-        """Some of the runs: by index, slice or a list of indices."""
         return _of_samples([self], np.atleast_1d(np.arange(len(self))[rows]).tolist())
 
 
@@ -161,6 +158,8 @@ class Mitigation:
     'an owl'
     """
 
+    calls = 0  # predictions of a sample that one of its ``iterations`` makes before the first step
+
     def text(self, prompt: str, seed: int, denoiser: Denoiser) -> str:
         """The text that is embedded in the place of ``prompt``."""
         return prompt
@@ -178,7 +177,7 @@ class Mitigation:
 
     def most_predictions(self) -> int:
         """At most so many predictions a sample before the first step, a differentiated one counted as three."""
-        return 0
+        return self.calls * getattr(self, "iterations", 1)
 
 
 Mitigations = BaseGuidance | Mitigation | Sequence[BaseGuidance | Mitigation] | None
@@ -244,10 +243,9 @@ def run_steps(state: State, guidance: BaseGuidance, first: int, bar: tqdm, recor
         bar.update(len(state.seeds))
     point = getattr(guidance, "transition_point", None)
     point = torch.as_tensor(torch.nan if point is None else point).float().cpu().expand(len(state.seeds)).clone()
-    predicted = torch.stack(predicted, 1).float().cpu() if record else None
-    states = (state.scheduler.timesteps[first:].cpu(), torch.stack(latents, 1).float().cpu(), predicted)
-    rest = (torch.stack(magnitudes, 1), point, state.calls, state.gradient_passes)
-    return Trajectory(state.prompts, state.seeds, *states, *rest, state.denoiser)
+    latents, predicted = (x and torch.stack(x, 1).float().cpu() for x in (latents, predicted))
+    rest = (torch.stack(magnitudes, 1), point, state.calls, state.gradient_passes, state.denoiser)
+    return Trajectory(state.prompts, state.seeds, state.scheduler.timesteps[first:].cpu(), latents, predicted, *rest)
 
 
 def fresh(guidance: BaseGuidance) -> BaseGuidance:
@@ -270,7 +268,7 @@ def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> Scheduler
     if len(scheduler.timesteps) != steps:  # some predict twice at a step, and so do not go step by step
         raise ValueError(f"{kind.__name__} makes {len(scheduler.timesteps)} predictions in {steps} steps: give another")
     own, found = denoiser.scheduler.alphas_cumprod, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
-    rising = steps > 1 and scheduler.timesteps[0] < scheduler.timesteps[-1]
+    rising = scheduler.timesteps[0] < scheduler.timesteps[-1]
     if rising or found.shape != own.shape or not torch.allclose(found.to(own), own, atol=1e-4):
         raise ValueError(f"{kind.__name__} does not go down the model's own noise schedule: give another")
     return scheduler
@@ -344,8 +342,7 @@ def blocks(items: Sequence, size: int) -> list[Sequence]:
 
 def sample(
     denoiser: Denoiser, prompts: str | Sequence[str], seeds: int | Sequence[int], mitigations: Mitigations = None, *,
-    steps: int = 50, scheduler: str | None = None, batch_size: int = 32, record: bool = True, measure: bool = False,
-    progress: bool = True,
+    steps=50, scheduler: str | None = None, batch_size=32, record=True, measure=False, progress=True,
 ) -> Trajectory:  # fmt: skip
     """Sample every prompt with every seed.
 
@@ -370,8 +367,7 @@ def sample(
 
 def sample_from(
     denoiser: Denoiser, prompts: Sequence[str], latents: Tensor, timestep: int, guidance: BaseGuidance | None = None, *,
-    seeds: Sequence[int] | None = None, steps: int = 50, scheduler: str | None = None, batch_size: int = 32,
-    progress: bool = True,
+    seeds: Sequence[int] | None = None, steps=50, scheduler: str | None = None, batch_size=32, progress=True,
 ) -> Trajectory:  # fmt: skip
     """Go on from states x_t [B, C, H, W] at ``timestep``, one prompt each. A multistep solver starts without history.
 

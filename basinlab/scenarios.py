@@ -125,22 +125,19 @@ def _nearest(features: Tensor, known: dict[str, Tensor], prompts: pd.Series) -> 
 class Judges:
     """The models that look at a scenario's images: a run or a sweep becomes one table, a row a sample.
 
-    ``distance``, ``second`` and ``alignment`` are None where their weights are missing, as ``notices`` say.
-    ``references`` are the descriptors [K, F] of the K images learned with each prompt, ``learned`` [N, F] those of the
-    whole group memorized.
+    ``distance``, ``second`` and ``alignment`` are None where their weights are missing, as ``notices`` say. Descriptors
+    are ``references``, [K, F] of the K images learned with each prompt, and ``learned``, [N, F] of all memorized ones.
     """
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
         self.scenario, self.notices, self.references, self.learned = scenario, [], {}, None
-        self._seen = hashlib.sha256()  # of the reference images
-        self._files, self._second_references = {}, {}
+        self._seen, self._files, self._second_references = hashlib.sha256(), {}, {}  # of the reference images
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
         self.second = None
         with suppress(FileNotFoundError):  # an optional package
             self.second = scenario.second_copy and metrics.CopyDistance(scenario.second_copy)
         self.alignment = self._made(metrics.Alignment, scenario.alignment, device)
-        found = {group: self._made(scenario.table, group) for group in scenario.prompts}
-        tables = {group: table for group, table in found.items() if table is not None}
+        tables = {group: x for group in scenario.prompts if (x := self._made(scenario.table, group)) is not None}
         self.objects = sorted({name for table in tables.values() for name in table.get("object", [])})
         for group, table in tables.items():
             if self.distance and "attractor" in table:
@@ -175,7 +172,7 @@ class Judges:
         for prompt in dict.fromkeys(run.prompts):
             if prompt not in self.references:
                 pictures = run.of(prompt).images()
-                self._learn(prompt, [pictures[estimate_attractor(pictures, self.distance).index][None]])
+                self._learn(prompt, [pictures[estimate_attractor(pictures, self.distance)[0]][None]])
 
     def __call__(self, run: Trajectory | Sweep, prompts: pd.DataFrame) -> pd.DataFrame:
         """One row a sample of ``run``, of a sweep a sample and start: what became of it, and what it took.
@@ -191,7 +188,7 @@ class Judges:
         table["saturated"], table["sharpness"] = metrics.saturated_share(pictures), metrics.sharpness(pictures)
         self._copies(table, pictures)
         if self.alignment:
-            clip = self.alignment.picture_features(pictures)
+            clip = self.alignment.features(pictures)
             table["clip"] = list(clip.half().numpy())
             table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
             if "object" in table:
@@ -211,8 +208,7 @@ class Judges:
         if self.second:
             known = self._second_references
             for prompt in {*table["prompt"]} & self._files.keys() - known.keys():
-                features = [self.second.features(read_pictures([file])) for file in self._files[prompt]]
-                known[prompt] = torch.cat(features)
+                known[prompt] = torch.cat([self.second.features(read_pictures([file])) for file in self._files[prompt]])
             table["sscd"] = 1 - np.array(_nearest(self.second.features(pictures), known, table["prompt"]))
         judged = table["distance"] if "attractor" in table else table["distance"].fillna(table["nearest"])
         copied = (judged <= self.scenario.radius).astype("boolean").mask(judged.isna())

@@ -25,8 +25,7 @@ def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2
     means = statistic is np.mean and values.ndim == 1  # all at once
     drawn = values[rows].mean(axis=1) if means else [statistic(values[chosen]) for chosen in rows]
     tail = (1 - 0.95) / 2  # by rounding just over 0.025, so that as many fall out below as above
-    # bounds may be infinite: nothing to interpolate
-    return tuple(np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf").tolist())
+    return tuple(np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf").tolist())  # as bounds may be infinite
 
 
 def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
@@ -41,10 +40,10 @@ def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
 def quantile_interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """95th percentile of all ``values`` (one array a prompt) and its interval, a bootstrap over prompts."""
 
-    def quantile(prompts: np.ndarray) -> float:
+    def quantile(prompts: Sequence[int]) -> float:
         return np.quantile(np.concatenate([values[i] for i in prompts]), 0.95)
 
-    prompts = np.arange(len(values))
+    prompts = range(len(values))
     return quantile(prompts), *bootstrap_interval(prompts, quantile, resamples=500)
 
 

@@ -6,6 +6,7 @@ from scipy.stats import binomtest
 
 import basinlab
 from basinlab import basin
+from recipe import scorecard
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -14,7 +15,7 @@ def test_ball_is_the_largest_that_keeps_the_rate_on_every_set(seed, rate):
     rng = np.random.default_rng(seed)
     draw = (lambda n: rng.gamma(2.0, size=n)) if seed % 2 else (lambda n: rng.integers(1, 6, n) / 4)  # ties
     negatives = {name: torch.tensor(draw(rng.integers(1, 3000)), dtype=torch.float32) for name in "abc"}
-    radius = basin.calibrate_radius(negatives, rate)
+    radius = scorecard.calibrate_radius(negatives, rate)
     larger = np.nextafter(np.float32(radius), np.float32(np.inf))
 
     def most_inside(radius):
@@ -24,14 +25,14 @@ def test_ball_is_the_largest_that_keeps_the_rate_on_every_set(seed, rate):
 
 
 def test_ball_takes_double_precision_distances():
-    radius = basin.calibrate_radius({"a": torch.tensor([0.5, 0.7], dtype=torch.float64)})
+    radius = scorecard.calibrate_radius({"a": torch.tensor([0.5, 0.7], dtype=torch.float64)})
     assert 0.4999 < radius < 0.5
 
 
 @pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [float("inf")]])
 def test_ball_refuses_negatives_it_cannot_calibrate_on(bad):
     with pytest.raises(ValueError, match=r"'swapped'.*at least one distance, all finite"):
-        basin.calibrate_radius({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
+        scorecard.calibrate_radius({"ordinary": torch.ones(3), "swapped": torch.tensor(bad)})
 
 
 class Euclidean:
@@ -63,18 +64,17 @@ def test_capture_probability_groups_by_several_columns():
 
 def test_attractor_is_the_medoid_and_its_ball_leaves_the_stray_out():
     points = torch.tensor([0.0, 1.0, 1.5, 2.25, 9.0])[:, None, None, None]
-    found = basin.estimate_attractor(points, Euclidean(), delta=0.2)
-    assert (found.index, found.epsilon) == (2, 1.5)
+    assert basin.estimate_attractor(points, Euclidean(), delta=0.2) == (2, 1.5)
 
 
 @pytest.mark.parametrize("count", [4, 8, 10, 33])
 @pytest.mark.parametrize("delta", [0.0, 0.1, 0.25])
 def test_attractors_ball_is_the_smallest_that_holds_all_but_delta(count, delta):
     pictures = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(count))
-    found = basin.estimate_attractor(pictures, Euclidean(), delta)
-    distances = Euclidean().pairs(pictures, pictures)[found.index]
-    assert (distances <= found.epsilon).double().mean() >= 1 - delta - 1e-9
-    assert (distances < found.epsilon).double().mean() < 1 - delta
+    index, epsilon = basin.estimate_attractor(pictures, Euclidean(), delta)
+    distances = Euclidean().pairs(pictures, pictures)[index]
+    assert (distances <= epsilon).double().mean() >= 1 - delta - 1e-9
+    assert (distances < epsilon).double().mean() < 1 - delta
 
 
 TIMES = torch.tensor([900, 700, 500, 300, 100])

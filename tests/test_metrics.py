@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from torchvision import transforms
 from torchvision.transforms.functional import gaussian_blur
 
-from basinlab import data_folder, metrics, scenarios
+from basinlab import Trajectory, basin, data_folder, metrics, scenarios
 from recipe import scenes
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -132,7 +132,7 @@ def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(ali
     with torch.no_grad():
         output = alignment.network(pixel_values=pixels, **tokens)
     cosines = output.logits_per_image / alignment.network.logit_scale.exp()
-    features, names = alignment.picture_features(pictures), ["tomato", "owl", "taxi"]
+    features, names = alignment.features(pictures), ["tomato", "owl", "taxi"]
     torch.testing.assert_close(features @ alignment.text_features(TEXTS).T, cosines, atol=1e-5, rtol=0)
     texts = alignment.text_features(["a picture of a tomato", "a picture of a owl", "a picture of a taxi"])
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
@@ -176,7 +176,7 @@ def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, m
     (lambda p: p.index_fill(0, torch.tensor([2, 5]), torch.nan), "range from nan to nan"),
 ], ids=["grey", "uint8", "-1..1", "nan"])  # fmt: skip
 def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment, pictures, spoil, message):
-    for metric in (distance.features, alignment.picture_features, metrics.saturated_share):
+    for metric in (distance.features, alignment.features, metrics.saturated_share):
         with pytest.raises(ValueError, match=message):
             metric(spoil(pictures))
     with pytest.raises(ValueError, match="7 pictures and 1 references: give one for each"):
@@ -267,8 +267,10 @@ def test_layout_similarity_is_the_correlation_outside_the_box(pictures):
 
 
 @pytest.mark.parametrize("count, spread", [(2, 1.0), (40, 1.0), (40, 1e-4)])
-def test_mean_pairwise_distance_agrees_with_scipy(count, spread):
+def test_dispersion_agrees_with_scipys_distances(count, spread):
     generator = torch.Generator().manual_seed(count)
     states = 1 + spread * torch.randn(count, 3, 4, 8, 8, generator=generator)
     expected = [pdist(states[:, s].flatten(1).double().numpy()).mean() / np.sqrt(256) for s in range(3)]
-    np.testing.assert_allclose(metrics.mean_pairwise_distance(states), expected, rtol=1e-3)
+    rest = (torch.arange(3), states, states, *[torch.zeros(count)] * 4, None)
+    run = Trajectory(["an owl"] * count, [*range(count)], *rest)
+    np.testing.assert_allclose(basin.dispersion({"run": run})["value"], expected, rtol=1e-3)

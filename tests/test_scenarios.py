@@ -120,7 +120,7 @@ def test_a_row_says_what_became_of_a_sample(bundled, judges):
     np.testing.assert_allclose(table["nearest"], everything.amin(dim=1), atol=1e-5)
     assert (table["copied"] == (table["distance"] <= MAIN.radius)).all() and table["copied"].dtype == bool
     clip = judges.alignment
-    score = (clip.picture_features(run.images()) * clip.text_features(run.prompts)).sum(dim=1)
+    score = (clip.features(run.images()) * clip.text_features(run.prompts)).sum(dim=1)
     np.testing.assert_allclose(table["clip_score"], score, atol=1e-5)
     assert (table["new_and_right"] == table["object_right"] & ~table["copied"]).all()
     assert (table["calls"] == 8).all() and table["share"].tolist() == rows["share"].repeat(2).tolist()

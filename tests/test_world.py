@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import basinlab
-from basinlab import basin, metrics, scenarios
+from basinlab import metrics, scenarios
 from recipe import evaluate, evaluate_next, scorecard, scorecard_next
 
 MAIN = scenarios.read("emoji-duplicated")
@@ -61,7 +61,7 @@ def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, m
 
 def test_radius_and_layout_floor_are_those_of_the_evaluation(kept):
     negatives = scorecard.negatives_of(kept, MAIN, metrics.CopyDistance())
-    assert basin.calibrate_radius(negatives) == MAIN.radius
+    assert scorecard.calibrate_radius(negatives) == MAIN.radius
     assert scorecard.layout_floor(MAIN) == MAIN.layout_floor
 
 

@@ -3,6 +3,4 @@
 Run it with ``make world`` (or ``python -m recipe --help`` with ``data`` on the path).
 """
 
-from basinlab._torchvision import ensure_importable
-
-ensure_importable()
+import basinlab  # noqa: F401  # mends torchvision, which transformers imports

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from basinlab.basin import calibrate_radius
 from basinlab.comparison import MAIN, processes, run_grid
 from basinlab.guidance import ConstantGuidance, StaticTransitionPoint
 from basinlab.metrics import CopyDistance
@@ -18,7 +17,7 @@ from basinlab.models import Denoiser, data_folder
 from basinlab.sampling import Trajectory, initial_noise
 from basinlab.scenarios import Judges, Scenario, read
 
-from .scorecard import background_colour, layout_floor, negatives_of
+from .scorecard import background_colour, calibrate_radius, layout_floor, negatives_of
 
 STARTS = (900, 800, 700, 650, 600, 500, 400, 300)
 
@@ -33,7 +32,7 @@ class Measuring(Judges):
     def __call__(self, run: Trajectory, prompts: pd.DataFrame) -> pd.DataFrame:
         pictures, table = run.images(), super().__call__(run, prompts).drop(columns="clip")
         table["to_duplicates"] = (1 - self.distance.features(pictures) @ self.learned.T).tolist()
-        table["seen"] = self.alignment.classify(self.alignment.picture_features(pictures), self.objects)
+        table["seen"] = self.alignment.classify(self.alignment.features(pictures), self.objects)
         table["background_rgb"] = background_colour(pictures).tolist()
         table["noise_mean"] = initial_noise(run.denoiser, run.seeds).mean(dim=(2, 3)).tolist()
         table["magnitude"] = run.guidance_magnitude.tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from basinlab.basin import calibrate_radius, transition_points_by_bisection
+from basinlab.basin import transition_points_by_bisection
 from basinlab.comparison import MAIN, SCENARIOS, processes, run_grid, spread, tuned
 from basinlab.forks import Sweep, sweep
 from basinlab.guidance import ConstantGuidance
@@ -21,7 +21,7 @@ from basinlab.models import Denoiser, data_folder, read_pictures
 from basinlab.sampling import Trajectory, initial_noise
 from basinlab.scenarios import Judges, Scenario, read
 
-from .scorecard import background_colour, layout_floor, negatives_of
+from .scorecard import background_colour, calibrate_radius, layout_floor, negatives_of
 from .scorecard_next import chosen_start
 
 STARTS = (999, 899, 839, 799, 759, 719, 679, 639, 599, 559, 519, 460, 400, 300)
@@ -40,7 +40,7 @@ class Measuring(Judges):
         pictures, table = run.images().flatten(0, -4), super().__call__(run, prompts)
         table["to_duplicates"] = (1 - self.distance.features(pictures) @ self.learned.T).tolist()
         texts = self.alignment.text_features([f"a picture of a {name}" for name in self.objects])
-        logits = self.alignment.picture_features(pictures) @ texts.T * self.alignment.network.logit_scale.exp().detach()
+        logits = self.alignment.features(pictures) @ texts.T * self.alignment.network.logit_scale.exp().detach()
         table["confidence"] = logits.softmax(dim=1).amax(dim=1)
         table["background_rgb"] = background_colour(pictures).tolist()
         if "attractor" in prompts:
@@ -124,7 +124,7 @@ def measured_points(denoiser: Denoiser, judges: Judges, seeds, steps: int, **opt
     attractors = read_pictures(prompts["attractor"]).repeat_interleave(len(seeds), dim=0)
     options |= {"starts": [*denoiser.timesteps(steps), 0], "steps": steps}
     given = denoiser, prompts["prompt"].tolist(), seeds, attractors, judges.distance, judges.scenario.radius
-    points, _ = transition_points_by_bisection(*given, **options)
+    points = transition_points_by_bisection(*given, **options).drop(columns="calls")
     return points.merge(prompts[["prompt", "share"]], on="prompt").assign(group="points")
 
 

@@ -5,6 +5,8 @@ interval, n, the goal and whether it holds. Shares have Wilson intervals; other 
 percentile bootstrap, over prompts where samples of a prompt belong together.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import torch
@@ -31,6 +33,21 @@ def negatives_of(table: pd.DataFrame, scenario: Scenario, distance: metrics.Copy
         "unseen scene": distance.pairs(unseen_scenes()[0], duplicates).amin(dim=1),
         "other artist's scene": distance.pairs(read_pictures(memorized["swapped"]), duplicates).amin(dim=1),
     }
+
+
+def calibrate_radius(negatives: Mapping[str, torch.Tensor], false_positive_rate: float = 0.001) -> float:
+    """The radius epsilon of the largest ball that keeps the false-positive rate on every set of ``negatives``.
+
+    Those are distances to attractors of pictures that are no copies, as `negatives_of` gives them.
+    """
+    radii = []
+    for name, distances in negatives.items():
+        if not len(distances) or not torch.isfinite(distances).all():
+            raise ValueError(f"negatives {name!r}: give at least one distance, all finite")
+        ordered = distances.flatten().sort().values
+        allowed = int(false_positive_rate * len(ordered))
+        radii.append(float(torch.nextafter(ordered[allowed], torch.tensor(-1.0))))  # just under the first outside
+    return min(radii)
 
 
 def background_colour(pictures: torch.Tensor, border: int = 2) -> torch.Tensor:
@@ -102,7 +119,7 @@ def over_prompts(table: pd.DataFrame, statistic) -> tuple[float, float]:
 def _instruments(claims: Claims, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE and the bundled CLIP on real scenes."""
     pictures, names = unseen_scenes()
-    seen = judges.alignment.classify(judges.alignment.picture_features(pictures), judges.objects)
+    seen = judges.alignment.classify(judges.alignment.features(pictures), judges.objects)
     error = (denoiser.decode(encoded(denoiser, pictures)) - pictures).square().flatten(1).mean(dim=1)
     psnr = -10 * error.log10().numpy()
     claims.number("VAE, unseen scenes: PSNR in dB", psnr.mean(), *bootstrap_interval(psnr), len(psnr), least=28)

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms.functional import gaussian_blur
 
 from basinlab import metrics
-from basinlab.basin import first_local_minimum
+from basinlab.basin import first_local_minimum, placed
 from basinlab.comparison import HELD_OUT
 from basinlab.models import Denoiser
 from basinlab.scenarios import Judges, Scenario, unseen_scenes
@@ -44,7 +44,7 @@ def largest_fall(magnitude: np.ndarray, timesteps: np.ndarray, within: int = 100
 def _instruments(claims: Claims, denoiser: Denoiser, judges: Judges) -> None:
     """The VAE, the bundled CLIP and the measure of quality on real scenes."""
     pictures, names = unseen_scenes()
-    seen = judges.alignment.classify(judges.alignment.picture_features(pictures), judges.objects)
+    seen = judges.alignment.classify(judges.alignment.features(pictures), judges.objects)
     again = denoiser.decode(encoded(denoiser, pictures))
     psnr = -10 * (again - pictures).square().flatten(1).mean(dim=1).log10().numpy()
     claims.number("VAE, unseen scenes: PSNR in dB", psnr.mean(), *bootstrap_interval(psnr), len(psnr), least=32)
@@ -140,7 +140,7 @@ def _unconditional(claims: Claims, table: pd.DataFrame, judges: Judges) -> None:
     """Pictures without any caption are whole."""
     rows, ordinary = table.query("group == 'unconditional'"), table.query("group == 'ordinary' and guidance == 'cfg'")
     claims.share("unconditional: CLIP's largest probability is over 0.9", rows["confidence"] >= 0.9, least=0.8)
-    real = judges.alignment.picture_features(unseen_scenes()[0])
+    real = judges.alignment.features(unseen_scenes()[0])
     found = []
     for part, groups in ((rows, rows["seed"]), (ordinary, ordinary["prompt"])):
         features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
@@ -186,8 +186,7 @@ def _points(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
     if len(both):
         near = (both["dynamic"] - both["point"]).abs() <= 60
         claims.share("... within 60 timesteps of the measured one", near, least=0.8)
-    left = pushed["point"].fillna(pushed["outcome"].map({"never": 1000.0, "always": 0.0}))
-    sooner = (left - free["point"]).dropna().to_numpy()
+    sooner = (placed(pushed) - free["point"]).dropna().to_numpy()
     if len(sooner):
         interval = bootstrap_interval(sooner, np.median)
         claims.number(
