@@ -3,16 +3,15 @@
 import ast
 import builtins
 import copy
-import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from notebooks import execute, paper
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -42,12 +41,14 @@ def with_answers(notebook: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path):
+def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path, monkeypatch):
+    settings = {"BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny", "BASINLAB_OUT": ""}
+    for name, value in settings.items():  # the kernel's, too
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(execute, "PROFILE", "tiny")
     source = with_answers(notebook, tmp_path)
-    command = [sys.executable, str(ROOT / "notebooks/execute.py"), str(source), "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["execute", str(source), "--out", str(tmp_path / "out")])
+    execute.main()
     assert not wordless_pictures(tmp_path / "out/notebooks" / notebook)
     number = notebook.split("_")[0]
     made, committed = ({p.name for p in (at / "figures").glob(f"{number}_*")} for at in (tmp_path / "out", ROOT))
@@ -59,17 +60,11 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
     assert all(told <= set(entry) for entry in manifest.values())
 
 
-@pytest.fixture
-def paper(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    return importlib.import_module("paper")
-
-
-def test_the_page_of_the_paper_is_made_from_the_figures(paper):
+def test_the_page_of_the_paper_is_made_from_the_figures():
     assert (ROOT / "notebooks/paper.md").read_text(encoding="utf-8") == paper.page(), "run notebooks/paper.py"
 
 
-def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdict(paper, tmp_path, monkeypatch):
+def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "FIGURES", tmp_path)
     entry = {"paper": "Fig. 6, Fig. 9", "section": "2.1"}
     (tmp_path / "manifest.json").write_text(json.dumps({"02_strip": entry, "00_scale": {"section": "0.4"}}))
@@ -105,15 +100,13 @@ def test_cells_are_short_and_every_picture_is_asked_about_before_and_told_after(
             asked, told = False, False
 
 
-def test_one_figure_runs_set_up_and_its_own_cells_only(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    only = importlib.import_module("execute").only
+def test_one_figure_runs_set_up_and_its_own_cells_only():
     notebook = nbformat.read(ROOT / "notebooks/02_transition_point_sweep.ipynb", as_version=4)
-    count, kept = len(notebook.cells), only(notebook, "figure-2")
+    count, kept = len(notebook.cells), execute.only(notebook, "figure-2")
     code = "\n".join(cell.source for cell in kept.cells)
     assert 0 < len(kept.cells) < count / 2 and "02_story_" in code and "02_depends_on" not in code
     assert "import basinlab" in code and kept.cells[-1].source.count("02_story_") == 1
-    assert only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None
+    assert execute.only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None
 
 
 def names(code: str) -> tuple[set[str], set[str]]:
@@ -128,12 +121,11 @@ def names(code: str) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("notebook", STORY)
-def test_a_figure_alone_has_all_cells_that_it_needs(notebook, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    only, whole = importlib.import_module("execute").only, nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+def test_a_figure_alone_has_all_cells_that_it_needs(notebook):
+    whole = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
     for tag in {tag for cell in whole.cells for tag in cell.metadata.get("tags", [])} - {"setup"}:
         known = {*dir(builtins)}
-        for cell in only(copy.deepcopy(whole), tag).cells:
+        for cell in execute.only(copy.deepcopy(whole), tag).cells:
             bound, read = names(cell.source)
             known |= bound
             assert read <= known, (tag, read - known, cell.source)

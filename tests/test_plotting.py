@@ -2,9 +2,8 @@
 
 import html
 import json
+import multiprocessing
 import re
-import subprocess
-import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -55,10 +54,15 @@ def test_pictures_alone_are_saved_as_a_small_png(output):
 
 
 def test_two_writers_lose_no_entry(output):
-    code = "import matplotlib.pyplot as p, pandas as d; from basinlab import plotting as g; import sys; "
-    code += "[g.save(p.figure(), f'{sys.argv[1]}{i}', d.DataFrame({'a': [i]}), {}) for i in range(8)]"
-    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("left", "right")]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    def write(name):
+        for i in range(8):
+            plotting.save(plt.figure(), f"{name}{i}", TABLE, {})
+
+    fork = multiprocessing.get_context("fork").Process
+    writers = [fork(target=write, args=(name,)) for name in ("left", "right")]
+    for step in (*(writer.start for writer in writers), *(writer.join for writer in writers)):
+        step()
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(json.loads((output / "figures/manifest.json").read_text())) == 16
     assert not [*output.rglob("*.part*")]
 

@@ -74,11 +74,11 @@ MITIGATIONS = [
 
 @pytest.mark.parametrize("setting", MITIGATIONS, ids=lambda setting: type(setting[0]).__name__)
 def test_every_kind_of_mitigation_runs_and_does_not_depend_on_the_batch(setting, denoiser):
-    together = basinlab.sample(denoiser, PROMPTS, SEEDS, setting, record=False, **OPTIONS)
-    alone = basinlab.sample(denoiser, PROMPTS[1], SEEDS[1], setting, record=False, **OPTIONS)
+    options = {"steps": 3, "record": False, "progress": False}
+    together = basinlab.sample(denoiser, PROMPTS, SEEDS, setting, **options)
+    alone, cfg = (basinlab.sample(denoiser, PROMPTS[1], SEEDS[1], given, **options) for given in (setting, CFG))
     close(together.latents[3:], alone.latents)
-    cfg = basinlab.sample(denoiser, PROMPTS, SEEDS, CFG, **OPTIONS)
-    assert (together.latents[:, -1] - cfg.latents[:, -1]).abs().amax() > 1e-4
+    assert (alone.latents - cfg.latents).abs().amax() > 1e-4
 
 
 def test_bfloat16_and_another_resolution(folders):

@@ -49,7 +49,13 @@ def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundl
         evaluate.read_evaluation(bundled)
 
 
-def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, monkeypatch):
+@pytest.fixture
+def light(monkeypatch, tiny):
+    """Scenarios load a small random network, where it does not matter what is sampled."""
+    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)
+
+
+def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, light, tmp_path, monkeypatch):
     short = [(group, prompts.head(1), [0], guidances) for group, prompts, _, guidances in evaluate.plan(MAIN)]
     monkeypatch.setattr(evaluate, "plan", lambda scenario: short)
     table = evaluate.evaluate(MAIN, tmp_path, steps=2)
@@ -80,7 +86,7 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
     assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
 
 
-def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(bundled, tmp_path, monkeypatch):
+def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(light, tiny, tmp_path, monkeypatch):
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
     few["ordinary"] = MAIN.table("ordinary").head(3)
     plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
@@ -92,8 +98,8 @@ def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(bu
     monkeypatch.setattr(scorecard_next, "HELD_OUT", 4)
     table = evaluate_next.evaluate(MAIN, tmp_path, steps=4)
     others = {name: table[table["group"] == "sweep"] for name in ("emoji-finetuned", "emoji-classes")}
-    monkeypatch.setattr(bundled, "timesteps", lambda: [999, 666, 333, 0], raising=False)
-    card = scorecard_next.scorecard(table, bundled, scenarios.Judges(MAIN), others)
+    monkeypatch.setattr(type(tiny), "timesteps", lambda _: [999, 666, 333, 0])
+    card = scorecard_next.scorecard(table, tiny, scenarios.Judges(MAIN), others)
     assert len(card) > 35 and {*card["verdict"]} <= {"yes", "no", "undecided", "reported"}
     assert card["claim"].is_unique and (card["n"] > 0).all()
 
