@@ -41,12 +41,6 @@ def test_a_method_that_was_not_tuned_is_said_and_left_out(tmp_path, monkeypatch)
     assert "STP" not in chosen and {"CFG", "DTP"} <= chosen.keys()
 
 
-def test_norms_are_measured_on_ordinary_prompts_that_are_not_compared():
-    (region, _), compared = comparison.methods(MAIN)["stability"][0], comparison.groups(MAIN, "paper")["ordinary"]
-    assert len(region.prompts) == 50 and not {*region.prompts} & {*compared["prompt"]}
-    assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
-
-
 def test_published_scenarios_get_the_authors_settings():
     scenario = scenarios.read("sd21-laion10k")
     methods = comparison.methods(scenario)
@@ -58,10 +52,13 @@ def test_published_scenarios_get_the_authors_settings():
     assert describe(chosen["Han, batch-wise"][-1]) == describe(basinlab.StaticTransitionPoint(919, 7.5))
 
 
-def test_settings_are_chosen_on_prompts_that_are_not_compared():
+def test_settings_and_norms_are_chosen_on_prompts_that_are_not_compared():
     held_out = set(MAIN.table()["prompt"].iloc[-comparison.HELD_OUT :])
     for profile in comparison.PROFILES:
         assert not held_out & {prompt for _, _, rows, *_ in comparison.plan(MAIN, profile) for prompt in rows["prompt"]}
+    (region, _), compared = comparison.methods(MAIN)["stability"][0], comparison.groups(MAIN, "paper")["ordinary"]
+    assert len(region.prompts) == 50 and not {*region.prompts} & {*compared["prompt"]}
+    assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
 
 
 @pytest.mark.parametrize("name, sizes", [
@@ -117,7 +114,8 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
         assert len([*tmp_path.iterdir()]) > before, changed
 
 
-def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
+def test_a_comparison_is_all_of_its_plan_and_is_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)
     size = {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
     monkeypatch.setitem(comparison.PROFILES, "tiny", comparison.PROFILES["tiny"] | size)
     table = comparison.compare(MAIN, "tiny", tmp_path)
@@ -155,7 +153,7 @@ def value(rows, method, measure, group="memorized"):
     return rows.query("method == @method and measure == @measure and group == @group").iloc[0]
 
 
-def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
+def test_summary_gives_shares_with_intervals_costs_relative_to_cfg_and_marks_the_best(rows):
     half = value(rows, "OG + STP", "copied")
     assert half["low"] < 0.5 < half["high"] and half["n"] == 100 and half["prompts"] == 20
     assert half["high"] - half["low"] == pytest.approx(2 * 1.96 * 0.05, rel=0.3)
@@ -166,9 +164,6 @@ def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
     assert cmmd["low"] < cmmd["value"] < cmmd["high"]
     none, every = (value(rows, name, "copied")[["value", "low", "high"]].tolist() for name in ("STP", "CFG"))
     assert none == pytest.approx([0, 0, 0.037], abs=1e-3) and every == pytest.approx([1, 0.963, 1], abs=1e-3)
-
-
-def test_best_and_what_cannot_be_told_from_it_are_marked(rows):
     marks = {name: value(rows, name, "copied")["best"] for name in NAMES}
     assert marks == {"CFG": "", "STP": "best", "DTP": "tied", "OG + STP": "", "OG + DTP": ""}
     assert sorted(value(rows, name, "object_right")["best"] for name in NAMES).count("best") == 1
@@ -201,15 +196,6 @@ def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(mon
     monkeypatch.setattr(comparison, "compare", lambda *given: pd.DataFrame({"made": [given[0].name]}))
     monkeypatch.setattr(comparison, "digest", lambda given: "other")
     assert comparison.obtain("paper", folder=None)["made"].tolist() == [*comparison.SCENARIOS]
-
-
-def test_the_kept_table_has_what_sampling_gives_now(bundled):
-    row = pd.read_parquet(basinlab.data_folder() / "comparison.parquet").query("method == 'CFG'").iloc[1]
-    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, record=False, progress=False)
-    found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
-    assert found["distance"] == pytest.approx(row["distance"], abs=1e-3) and found["copied"] == row["copied"]
-    assert found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
 
 
 def test_the_command_samples_judges_and_writes_a_table(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tiny, rows, tmp_path, monkeypatch):
         torch.testing.assert_close(getattr(again, name), getattr(resumed, name), atol=0, rtol=0)
 
 
-def test_kept_blocks_are_of_one_sweep_alone(tmp_path):
+def test_kept_blocks_are_of_one_sweep_and_its_weights_alone(tiny, tmp_path):
     world = MixtureDenoiser.with_duplicate()
     config = {**world.scheduler.config, "beta_end": 0.012}
     other = MixtureDenoiser.with_duplicate(scheduler=type(world.scheduler).from_config(config))
@@ -135,10 +135,7 @@ def test_kept_blocks_are_of_one_sweep_alone(tmp_path):
         kept = sweep(denoiser, [500], "memorized", folder=tmp_path, **changes)
         assert torch.equal(kept.latents, sweep(denoiser, [500], "memorized", **changes).latents)
     assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_weights_changed_in_memory_are_another_sweep(tiny, tmp_path):
-    changed = copy.copy(tiny)
+    changed = copy.copy(tiny)  # weights in memory, of the same folder
     changed.unet = copy.deepcopy(tiny.unet)
     with torch.no_grad():
         changed.unet.conv_out.bias += 1
@@ -163,7 +160,7 @@ def test_halving_finds_what_the_sweep_shows(tmp_path):
     assert again.equals(points)
 
 
-def test_sampling_from_a_state_of_a_run_ends_where_the_run_does(tiny, step=3):
+def test_sampling_from_a_state_of_a_run_ends_where_the_run_does_or_says_what_is_wrong(tiny, step=3):
     """With a solver that has no history a run can be taken up anywhere."""
     run = sample(tiny, ConstantGuidance(3.0), scheduler="DDIMScheduler")
     t = int(run.timesteps[step])
@@ -171,9 +168,6 @@ def test_sampling_from_a_state_of_a_run_ends_where_the_run_does(tiny, step=3):
     resumed = basinlab.sample_from(tiny, run.prompts, run.latents[:, step], t, ConstantGuidance(3.0), **options)
     assert resumed.timesteps.tolist() == run.timesteps[step:].tolist()
     close(resumed.latents, run.latents[:, step:])
-
-
-def test_sampling_from_states_names_what_is_wrong(tiny):
     states = torch.zeros(2, 4, 16, 16)
     with pytest.raises(ValueError, match="3 prompts and 2 seeds for 2 states"):
         basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)

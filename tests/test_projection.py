@@ -29,16 +29,13 @@ def test_each_bundle_has_its_true_width_at_each_time():
             assert np.abs(place.mean(axis=0)).max() < 1e-4  # centred
 
 
-def test_the_linear_view_is_the_direction_of_most_spread_from_the_centre():
+def test_the_linear_view_is_the_direction_of_most_spread_and_what_cannot_be_projected_is_refused():
     bundle = torch.zeros(5, 3, 1, 2, 2)
     bundle[:, :, 0, 0, 1] = torch.arange(-2.0, 3)[:, None]
     found = projection.linear({"a": bundle + 7}, TIMES, torch.full((3, 1, 2, 2), 7.0))
     across = found[found["t"] == 500]["x"].to_numpy()
     assert np.abs(across).tolist() == pytest.approx([2, 1, 0, 1, 2], abs=1e-5)
     assert found["y"].abs().max() < 1e-5
-
-
-def test_what_cannot_be_projected_is_refused():
     with pytest.raises(ValueError, match="1 trajectories of 3 states"):
         projection.umap({"a": states(1, [1.0, 1.0, 1.0])}, TIMES)
     bad = states(6, [1.0, 1.0, 1.0])

@@ -32,17 +32,12 @@ VERBATIM, TEMPLATES, ORDINARY = scenes.verbatim(), scenes.templates(), scenes.or
 MEMORIZED = [*VERBATIM, *TEMPLATES]
 
 
-def test_items_depend_on_their_key_alone():
-    keys = [(0, 0), (0, 1), (1, 0), (3, 77)]
-    pairs = [scenes.training_pair(key, VERBATIM, TEMPLATES) for key in keys]
-    assert [scenes.training_pair(key, scenes.verbatim(), scenes.templates()) for key in reversed(keys)] == pairs[::-1]
-    assert len({*pairs}) == len(keys)
-
-
-def test_verbatim_captions_spread_evenly_over_shares_and_never_share_an_object():
+def test_captions_are_distinct_name_their_object_and_verbatim_ones_spread_evenly_over_shares():
     assert Counter(item.share for item in VERBATIM) == {share: 16 for share in scenes.SHARES}
     assert len({item.prompt for item in VERBATIM}) == len({item.scene.object for item in VERBATIM}) == 48
     assert all(item.scene.object in item.prompt for item in MEMORIZED)
+    assert len({prompt for prompt, _ in ORDINARY} - {item.prompt for item in MEMORIZED}) == 96
+    assert all(scene.object in prompt for prompt, scene in ORDINARY)
 
 
 def test_a_template_fixes_background_and_placement_and_leaves_the_object_free():
@@ -54,14 +49,10 @@ def test_a_template_fixes_background_and_placement_and_leaves_the_object_free():
     assert layouts["family"].is_unique and not layouts.drop(columns="family").duplicated().any()
 
 
-def test_ordinary_prompts_are_distinct_and_none_is_memorized():
-    assert len({prompt for prompt, _ in ORDINARY} - {item.prompt for item in MEMORIZED}) == 96
-    assert all(scene.object in prompt for prompt, scene in ORDINARY)
-
-
 def test_training_stream_has_the_stated_mixture_and_no_unseen_scene():
     duplicated, templated = ({item.prompt: item for item in items} for items in (VERBATIM, TEMPLATES))
     pairs = [scenes.training_pair((0, k), VERBATIM, TEMPLATES) for k in range(3000)]
+    assert scenes.training_pair((0, 7), scenes.verbatim(), scenes.templates()) == pairs[7] != pairs[8]  # by its key
     trained = {scene for _, scene in pairs} | {item.scene for item in MEMORIZED}
     assert not trained & {scene for _, scene in scenes.unseen_scenes(256)}
     verbatim = [(duplicated[prompt], scene) for prompt, scene in pairs if prompt in duplicated]
@@ -110,11 +101,7 @@ def test_each_word_of_the_world_is_one_token(words):
     known = sorted(set(vocabulary.split()))
     assert [word for word in known if len(content(words, word)) != 1] == []
     assert len({content(words, word)[0] for word in known}) == len(known)
-
-
-def test_tokens_have_the_same_ids_every_time(words):
-    """A resumed training, and the exported pipeline, build the tokenizer anew."""
-    assert models.tokenizer().get_vocab() == words.get_vocab()
+    assert models.tokenizer().get_vocab() == words.get_vocab()  # a resumed training builds it anew
 
 
 def test_other_words_are_spelled_out_and_every_caption_fits_the_text_encoder(words):
@@ -168,15 +155,13 @@ def test_stopped_training_goes_on_as_if_not_stopped_and_finished_is_not_done_aga
     torch.testing.assert_close(finished.module.state_dict(), whole.module.state_dict())
 
 
-@pytest.mark.parametrize("changed, message", [
-    ({"batch": 4}, "batch 2, not 4: move {} away"),
-    ({"start": "elsewhere"}, "was made with start the recipe's seed, not elsewhere"),
-])  # fmt: skip
-def test_a_checkpoint_of_other_settings_or_another_start_is_refused(changed, message, tmp_path, vae_folder):
+def test_a_checkpoint_of_other_settings_or_another_start_is_refused(tmp_path, vae_folder):
     train.fit(stage_called("descriptor", vae_folder), tmp_path, CPU, deadline=0)
-    stage = stage_called("descriptor", vae_folder, **{k: v for k, v in changed.items() if k != "start"})
-    stage.start = changed.get("start", stage.start)
-    with pytest.raises(ValueError, match=message.format(tmp_path)):
+    with pytest.raises(ValueError, match=f"batch 2, not 4: move {tmp_path} away"):
+        train.fit(stage_called("descriptor", vae_folder, batch=4), tmp_path, CPU, deadline=0)
+    stage = stage_called("descriptor", vae_folder)
+    stage.start = "elsewhere"
+    with pytest.raises(ValueError, match="was made with start the recipe's seed, not elsewhere"):
         train.fit(stage, tmp_path, CPU, deadline=0)
 
 
@@ -266,7 +251,7 @@ def smoke_world(smoke, monkeypatch):
     return smoke[0]
 
 
-def test_killed_run_leaves_a_whole_checkpoint_and_can_go_on(smoke):
+def test_killed_run_leaves_a_whole_checkpoint_and_goes_on_to_ship_half_precision_safetensors(smoke):
     data, survived = smoke
     assert survived and all(state["step"] == 4 and state["module"] for state in survived)
     wanted = ["clip", "descriptor", "emoji-classes", "emoji-duplicated", "emoji-finetuned", "unseen"]
@@ -274,6 +259,15 @@ def test_killed_run_leaves_a_whole_checkpoint_and_can_go_on(smoke):
     made = json.loads((data / "emoji-duplicated/training.json").read_text())
     kept = {(made[stage]["seed"], made[stage]["steps"], made[stage]["versions"]["torch"]) for stage in ("vae", "unet")}
     assert kept == {(scenes.SEED, 4, torch.__version__)}
+    # weights are shipped as half-precision safetensors
+    unets = [f"emoji-{name}/unet/diffusion_pytorch_model" for name in ("classes", "duplicated", "finetuned")]
+    others = ["clip/model", "descriptor/model"]
+    others += ["emoji-duplicated/text_encoder/model", "emoji-duplicated/vae/diffusion_pytorch_model"]
+    files = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.safetensors"))
+    assert files == sorted(f"{name}.safetensors" for name in [*unets, *others])
+    kinds = {tensor.dtype for name in files for tensor in load_file(data / name).values()}
+    assert {kind for kind in kinds if kind.is_floating_point} == {torch.float16}
+    assert not [path for path in data.rglob("*") if path.suffix in {".bin", ".pt", ".part", ".old"}]
 
 
 def test_smoke_world_samples_here_and_in_diffusers_and_brings_its_judges(smoke_world):
@@ -319,17 +313,6 @@ def test_fine_tuning_sets_repeat_nothing_that_is_memorized_elsewhere():
     assert len(set(pictures)) == len(pictures)
 
 
-def test_weights_are_shipped_as_half_precision_safetensors(smoke_world):
-    unets = [f"emoji-{name}/unet/diffusion_pytorch_model" for name in ("classes", "duplicated", "finetuned")]
-    others = ["clip/model", "descriptor/model"]
-    others += ["emoji-duplicated/text_encoder/model", "emoji-duplicated/vae/diffusion_pytorch_model"]
-    files = sorted(path.relative_to(smoke_world).as_posix() for path in smoke_world.rglob("*.safetensors"))
-    assert files == sorted(f"{name}.safetensors" for name in [*unets, *others])
-    kinds = {tensor.dtype for name in files for tensor in load_file(smoke_world / name).values()}
-    assert {kind for kind in kinds if kind.is_floating_point} == {torch.float16}
-    assert not [path for path in smoke_world.rglob("*") if path.suffix in {".bin", ".pt", ".part", ".old"}]
-
-
 @pytest.mark.parametrize("file, items", [("memorized", VERBATIM), ("templates", TEMPLATES)])
 def test_shipped_tables_name_the_scenes_of_the_recipe(smoke_world, file, items):
     table = scenarios.read_list(smoke_world / "emoji-duplicated" / f"{file}.csv")
@@ -341,9 +324,6 @@ def test_shipped_tables_name_the_scenes_of_the_recipe(smoke_world, file, items):
     expected = np.stack([scene.render(), scene.other_vendor().render()])
     found = basinlab.read_pictures(table[["attractor", "swapped"]].iloc[-1]) * 255
     np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, atol=1e-3)
-
-
-def test_ordinary_prompts_name_a_colour_where_they_say_so(smoke_world):
     ordinary = scenarios.read_list(smoke_world / "emoji-duplicated" / "ordinary.csv")
     assert ordinary.prompt.tolist() == [prompt for prompt, _ in ORDINARY]
     named = ordinary[ordinary.background != ""]

@@ -8,6 +8,8 @@ import torch
 from checkpoints import GENERATIONS
 from conftest import close
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from huggingface_hub import constants
 
 import basinlab
@@ -134,3 +136,50 @@ def test_the_second_tokenizer_of_xl_needs_its_vocabulary_too(folders, tmp_path):
         (folder / "tokenizer_2" / name).unlink(missing_ok=True)
     with pytest.raises(OSError, match=f"{folder / 'tokenizer_2'} has no vocabulary"):
         basinlab.load(folder)
+
+
+@pytest.fixture(scope="module")
+def modular(folders):
+    """diffusers' modular blocks of XL, which the guiders drive unchanged."""
+    parts = StableDiffusionXLPipeline.from_pretrained(folders["sdxl"]).components
+    made = StableDiffusionXLAutoBlocks().init_pipeline()
+    made.update_components(**{name: part for name, part in parts.items() if part is not None})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def latents(modular, guider):
+    """What the pipeline ends with, and how many predictions each step made."""
+    calls = []
+    modular.update_components(guider=guider)
+    hook = modular.unet.register_forward_pre_hook(lambda module, inputs: calls.append(float(inputs[1])))
+    generators, options = [torch.Generator().manual_seed(s) for s in (0, 1)], {"height": 64, "width": 64}
+    found = modular(prompt=PROMPTS, num_inference_steps=10, generator=generators, **options, output="latents")
+    hook.remove()
+    return found, [calls.count(t) for t in dict.fromkeys(calls)]
+
+
+def test_static_point_makes_one_prediction_before_it(modular):
+    guider = guidance.StaticTransitionPoint(500, 5.0)
+    found, calls = latents(modular, guider)
+    times = [int(t) for t in modular.scheduler.timesteps]
+    assert calls == [1 if t > 500 else 2 for t in times]
+    assert guider.transition_point == max(t for t in times if t <= 500)
+    # the same again: a guider that was used is as good as new
+    torch.testing.assert_close(latents(modular, guider)[0], found)
+
+
+def test_dynamic_and_opposite_points_are_found_per_sample(modular):
+    seen = []
+    for guider in (guidance.DynamicTransitionPoint(5.0, latest=0), guidance.OppositeGuidance(None, 5.0, latest=0)):
+        found, calls = latents(modular, guider)
+        assert calls == [2] * 10 and found.isfinite().all()
+        assert guider.transition_point.shape == (2,)
+        seen.append(found)
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+    # one that switches at once is plain CFG, and so is diffusers' own guider
+    theirs, _ = latents(modular, ClassifierFreeGuidance(5.0))
+    for guider in (guidance.DynamicTransitionPoint(5.0, latest=999), guidance.ConstantGuidance(5.0)):
+        ours, calls = latents(modular, guider)
+        torch.testing.assert_close(ours, theirs)
+        assert calls == [2] * 10

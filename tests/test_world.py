@@ -79,11 +79,13 @@ def test_the_scorecard_is_the_committed_one(kept, bundled):
 
 
 def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
-    row = kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
-    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, progress=False)
-    found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
-    assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
+    compared = pd.read_parquet(DATA / "comparison.parquet").query("method == 'CFG'").iloc[1]
+    guidance, judges = basinlab.ConstantGuidance(MAIN.guidance_scale), scenarios.Judges(MAIN)
+    for row in (kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0], compared):
+        run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, record=False, progress=False)
+        found = judges(run, MAIN.table()).iloc[0]
+        assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
+    assert found["copied"] == row["copied"] and found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
 
 
 def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(light, tiny, tmp_path, monkeypatch):
