@@ -51,15 +51,12 @@ def test_capture_probability_counts_each_group_with_its_interval():
     assert result[["kind", "start", "n", "value"]].values.tolist() == rows
 
 
-def test_attractor_is_the_medoid_and_its_ball_leaves_the_stray_out():
-    points = torch.tensor([0.0, 1.0, 1.5, 2.25, 9.0])[:, None, None, None]
-    found = basin.estimate_attractor(points, Euclidean(), delta=0.2)
-    assert (found.index, found.epsilon) == (2, 1.5)
-
-
 @pytest.mark.parametrize("count", [4, 8, 10, 33])
 @pytest.mark.parametrize("delta", [0.0, 0.1, 0.25])
-def test_attractors_ball_is_the_smallest_that_holds_all_but_delta(count, delta):
+def test_attractor_is_the_medoid_and_its_ball_the_smallest_that_holds_all_but_delta(count, delta):
+    points = torch.tensor([0.0, 1.0, 1.5, 2.25, 9.0])[:, None, None, None]
+    found = basin.estimate_attractor(points, Euclidean(), delta=0.2)
+    assert (found.index, found.epsilon) == (2, 1.5)  # the stray is left out
     pictures = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(count))
     found = basin.estimate_attractor(pictures, Euclidean(), delta)
     distances = Euclidean().pairs(pictures, pictures)[found.index]
@@ -102,9 +99,7 @@ def test_transition_points_are_where_the_outcome_flips():
     np.testing.assert_array_equal(points["free_at"], [500, np.nan, 900, 700])
     np.testing.assert_array_equal(points["point"], [600, np.nan, np.nan, 800])
     assert points["monotone"].all()
-
-
-def test_outcomes_that_come_back_are_reported():
+    # outcomes that come back are reported
     points = basin.transition_points(outcome_table(["1101", "0100", "1100"]).sample(frac=1, random_state=0))
     points = points.set_index("seed").sort_index()
     assert points[["monotone", "against"]].values.tolist() == [[False, 1], [False, 1], [True, 0]]

@@ -89,12 +89,10 @@ def test_how_a_script_ends_is_told(tmp_path, tiny_folder, monkeypatch):
     assert len(record.pictures) == 1
 
 
-def test_a_missing_clone_names_cause_and_cure(tmp_path):
+def test_the_scripts_find_the_prompts_and_a_missing_clone_names_cause_and_cure(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} is no clone of the official code.*git clone"):
         official.found_scripts(tmp_path)
-
-
-def test_prompts_lie_where_the_static_script_draws_them(tmp_path):
+    # and prompts lie where the static script draws them
     wanted = [f"prompt {i}" for i in range(30)]
     official._write_prompts(tmp_path, wanted)
     pool = [v[0] for v in json.loads((tmp_path / "captions.json").read_text()).values()]

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,11 +71,6 @@ def test_the_paper_profile_has_the_size_that_is_stated(name, sizes):
     assert {(len(seeds), len(tried)) for *_, seeds, tried in grids} == {(4, len(comparison.tuned(MAIN)))}
 
 
-@dataclass(frozen=True)
-class Nothing(basinlab.Mitigation):
-    """A mitigation that changes nothing, but is another method."""
-
-
 class Plain:
     """Stands for judges, in a world without pictures."""
 
@@ -106,7 +100,8 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     grid(tmp_path, prompts=PROMPTS.assign(attractor=["/x", "/y"]))  # where pictures lie is no setting
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    settings = [[basinlab.ConstantGuidance(4.0)], [Nothing(), basinlab.ConstantGuidance(3.0)]]
+    nothing = mitigations.EmbeddingNoise(0.0)  # it changes no embedding, but is another method
+    settings = [[basinlab.ConstantGuidance(4.0)], [nothing, basinlab.ConstantGuidance(3.0)]]
     others = [{"judges": Plain(a=2)}, {"steps": 5}, {"measure": True}, {"prompts": PROMPTS.assign(object="c")}]
     for changed in [*others, *({"methods": {"CFG": setting}} for setting in settings)]:
         before = len([*tmp_path.iterdir()])

@@ -64,15 +64,13 @@ def test_end_attention_looks_where_diffusers_own_attention_does(tiny, run):
     assert layer.processor is before and not layer.to_q._forward_hooks
 
 
-def test_the_pictures_weight_is_that_of_a_mixed_trajectory(run):
+def test_the_pictures_weight_is_that_of_a_mixed_trajectory_and_stability_a_z_score(tiny, run):
     w = torch.linspace(0, 1, 7)[None, :, None, None, None]
     x, noise = run.latents[:, -1:], run.latents[:, :1]
     mixed = replace(run, latents=w * x + (1 - w) * noise)
     expected = w.flatten()[1] / run.denoiser.scheduler.alphas_cumprod[run.timesteps[1]].sqrt()
     torch.testing.assert_close(detection.picture_weight(mixed), expected.expand(4), atol=1e-3, rtol=1e-3)
-
-
-def test_stability_is_the_largest_z_score_of_an_update(tiny, run):
+    # and stability is the largest z-score of an update
     norms = mitigations.ordinary_norms(tiny, ["an owl", "here is a tomato"], basinlab.ConstantGuidance(2.0), steps=6)
     updates = norm(run.latents.diff(dim=1).flatten(0, 1)).view(4, 6)
     z = (updates - norms[0, :, 1]) / norms[1, :, 1]

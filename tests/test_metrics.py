@@ -31,11 +31,6 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def distance():
-    return metrics.CopyDistance()
-
-
-@pytest.fixture(scope="module")
 def alignment():
     return metrics.Alignment()
 
@@ -49,15 +44,13 @@ def torch_home(tmp_path, monkeypatch):
     return checkpoints
 
 
-def test_pairs_agree_with_single_distances_which_are_zero_for_the_same_picture_only(distance, pictures):
+def test_pairs_agree_with_single_distances_and_features_have_unit_length_in_any_batch(alignment, pictures):
+    distance = metrics.CopyDistance()
     assert distance(pictures, pictures).abs().max() < 1e-5 and (distance(pictures, pictures.roll(1, 0)) > 1e-4).all()
     pairs = distance.pairs(pictures, pictures[:4])
     assert pairs.shape == (7, 4)
     torch.testing.assert_close(pairs.T, distance.pairs(pictures[:4], pictures), atol=1e-5, rtol=0)
     torch.testing.assert_close(pairs.diagonal(), distance(pictures[:4], pictures[:4]), atol=1e-5, rtol=0)
-
-
-def test_features_have_unit_length_in_any_batch(distance, alignment, pictures):
     for metric in (distance, alignment):
         whole, parts = metric.features(pictures), metric.features(pictures, batch_size=2)
         torch.testing.assert_close(whole.norm(dim=1), torch.ones(7))
@@ -71,26 +64,22 @@ class Descriptor(torch.nn.Module):
         return pictures[:, :, ::80, ::80].flatten(1)
 
 
-def test_sscd_file_sees_pictures_as_its_readme_prepares_them(torch_home, monkeypatch):
-    pictures = torch.rand(3, 3, 420, 340, generator=torch.Generator().manual_seed(0))
+def test_sscds_file_is_opened_if_its_checksum_is_right_and_sees_pictures_as_its_readme_says(torch_home, monkeypatch):
     path = torch_home / metrics.SSCD
+    with pytest.raises(FileNotFoundError, match=f"{path} is missing: .*curl.*-o {path} {metrics.SSCD_URL}"):
+        metrics.CopyDistance("sscd")
     torch.jit.script(Descriptor()).save(path)
+    with monkeypatch.context() as patched:  # a script is code
+        patched.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+        with pytest.raises(ValueError, match=f"{path} has the SHA-256 .*not 9f26bd4c.* fetch it again"):
+            metrics.CopyDistance("sscd")
+    monkeypatch.setattr(metrics, "SSCD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    pictures = torch.rand(3, 3, 420, 340, generator=torch.Generator().manual_seed(0))
     images = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pictures]
     unit = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     prepare = transforms.Compose([transforms.Resize([320, 320]), transforms.ToTensor(), unit])
     expected = normalize(Descriptor()(torch.stack([prepare(image) for image in images])))
-    monkeypatch.setattr(metrics, "SSCD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     torch.testing.assert_close(metrics.CopyDistance("sscd").features(pictures), expected, atol=5e-3, rtol=0)
-
-
-def test_sscd_file_is_code_and_not_opened_before_its_checksum_is_right(torch_home, monkeypatch):
-    path = torch_home / metrics.SSCD
-    with pytest.raises(FileNotFoundError, match=f"{path} is missing: .*curl.*-o {path} {metrics.SSCD_URL}"):
-        metrics.CopyDistance("sscd")
-    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
-    torch.jit.script(Descriptor()).save(path)
-    with pytest.raises(ValueError, match=f"{path} has the SHA-256 .*not 9f26bd4c.* fetch it again"):
-        metrics.CopyDistance("sscd")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
@@ -155,7 +144,8 @@ def test_alignment_reads_a_named_model_from_the_hub_cache_and_all_of_it(alignmen
     (lambda p: p * 2 - 1, "range from -1 to 1: give 0..1"),
     (lambda p: p.index_fill(0, torch.tensor([2, 5]), torch.nan), "range from nan to nan"),
 ], ids=["grey", "uint8", "-1..1", "nan"])  # fmt: skip
-def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment, pictures, spoil, message):
+def test_pictures_that_would_give_a_wrong_number_are_refused(alignment, pictures, spoil, message):
+    distance = metrics.CopyDistance()
     for metric in (distance.features, alignment.picture_features, metrics.saturated_share):
         with pytest.raises(ValueError, match=message):
             metric(spoil(pictures))

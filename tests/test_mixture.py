@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import basinlab
-from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, StaticTransitionPoint, basin
+from basinlab import ConstantGuidance, MixtureDenoiser, PlaneDistance, basin
 from basinlab.statistics import wilson_interval
 
 SCALE = 3.0
@@ -100,23 +100,6 @@ def test_sampling_follows_the_probability_flow(exact, weight):
     error = np.linalg.norm(run.images().flatten(1).numpy() - ends(x, 999, weight), axis=1)
     # the sampler's last step goes to the mean of what is possible, inside a point that is 0.05 wide
     assert np.median(error) < 0.03 and np.quantile(error, 0.97) < 0.1  # near a watershed paths part
-
-
-def test_capture_probability_is_the_basins_measure():
-    """The share of seeds that are captured, against the integral of the initial density over the basin."""
-    plane = MixtureDenoiser.with_duplicate(0.8)
-    grid = np.stack(np.meshgrid(*[np.linspace(-4, 4, 41)] * 2), -1).reshape(-1, 2)
-    density = np.exp(-(grid**2).sum(1) / 2)
-    for start in (999, 300):
-        states = flow(grid / np.sqrt(ALPHA_BARS[999]), noise_over_signal(999), noise_over_signal(start), 0.0)
-        inside = captured(flow(states, noise_over_signal(start), 1e-3, SCALE))
-        expected = (density * inside).sum() / density.sum()
-        options = {"steps": 100, "batch_size": 2000, "record": False, "progress": False}
-        guidance = StaticTransitionPoint(start, SCALE)
-        run = basinlab.sample(plane, "memorized", range(2000), guidance, **options)
-        table = run.table().assign(copied=PlaneDistance()(run.images(), plane.duplicate) <= RADIUS)
-        row = basin.capture_probability(table).iloc[0]
-        assert row.low - 0.02 <= expected <= row.high + 0.02
 
 
 def test_basin_is_the_set_from_which_the_flow_is_captured(exact):

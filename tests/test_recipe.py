@@ -87,26 +87,19 @@ def test_the_other_vendors_twin_differs_in_the_object_only():
     assert different.any() and not (different & scene.mask() & twin.mask() & outside).any()
 
 
-@pytest.fixture(scope="module")
-def words():
-    return models.tokenizer()
+def test_each_word_of_the_world_is_one_token_others_are_spelled_out_and_every_caption_fits():
+    words = models.tokenizer()
 
+    def content(text):
+        return words(text).input_ids[1:-1]
 
-def content(words, text):
-    return words(text).input_ids[1:-1]
-
-
-def test_each_word_of_the_world_is_one_token(words):
     vocabulary = " ".join([*OBJECTS, *scenes.COLOURS, *scenes.COMMON_WORDS, *scenes.TEMPLATES]).replace("{}", "")
     known = sorted(set(vocabulary.split()))
-    assert [word for word in known if len(content(words, word)) != 1] == []
-    assert len({content(words, word)[0] for word in known}) == len(known)
+    assert [word for word in known if len(content(word)) != 1] == []
+    assert len({content(word)[0] for word in known}) == len(known)
     assert models.tokenizer().get_vocab() == words.get_vocab()  # a resumed training builds it anew
-
-
-def test_other_words_are_spelled_out_and_every_caption_fits_the_text_encoder(words):
     for text in ("zygote", "x9-q", "tomatoes"):
-        ids = content(words, text)
+        ids = content(text)
         assert len(ids) > 1 and words.unk_token_id not in ids and words.decode(ids).replace(" ", "") == text
     captions = [*(item.prompt for item in MEMORIZED), *(prompt for prompt, _ in ORDINARY)]
     assert max(len(ids) for ids in words(captions).input_ids) <= models.TOKENS == words.model_max_length
@@ -155,7 +148,7 @@ def test_stopped_training_goes_on_as_if_not_stopped_and_finished_is_not_done_aga
     torch.testing.assert_close(finished.module.state_dict(), whole.module.state_dict())
 
 
-def test_a_checkpoint_of_other_settings_or_another_start_is_refused(tmp_path, vae_folder):
+def test_a_checkpoint_of_other_settings_or_another_start_is_refused_and_diverged_training_told(tmp_path, vae_folder):
     train.fit(stage_called("descriptor", vae_folder), tmp_path, CPU, deadline=0)
     with pytest.raises(ValueError, match=f"batch 2, not 4: move {tmp_path} away"):
         train.fit(stage_called("descriptor", vae_folder, batch=4), tmp_path, CPU, deadline=0)
@@ -163,6 +156,8 @@ def test_a_checkpoint_of_other_settings_or_another_start_is_refused(tmp_path, va
     stage.start = "elsewhere"
     with pytest.raises(ValueError, match="was made with start the recipe's seed, not elsewhere"):
         train.fit(stage, tmp_path, CPU, deadline=0)
+    with pytest.raises(FloatingPointError, match=r"DescriptorStage: loss .* at step .*; lower the rate"):
+        train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path / "new", CPU, deadline=float("inf"))
 
 
 def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -177,11 +172,6 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         patched.setattr(torch, "save", cut)
         train.save({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-def test_diverged_training_says_what_to_change(tmp_path, vae_folder):
-    with pytest.raises(FloatingPointError, match=r"DescriptorStage: loss .* at step .*; lower the rate"):
-        train.fit(stage_called("descriptor", vae_folder, rate=1e30), tmp_path, CPU, deadline=float("inf"))
 
 
 def test_training_goes_on_on_another_machine(tmp_path, vae_folder, monkeypatch):

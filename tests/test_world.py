@@ -106,11 +106,6 @@ def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(li
     assert card["claim"].is_unique and (card["n"] > 0).all()
 
 
-@pytest.mark.parametrize("curve, expected", [([1, 4, 2, 2], 0.5), ([1, 1, 1, 1], 0.0), ([1, 4, 4, 1], 0.0)])
-def test_the_largest_fall_is_within_a_hundred_timesteps_and_relative_to_the_peak(curve, expected):
-    assert scorecard_next.largest_fall(np.array([curve], float), np.array([900, 800, 700, 550])) == expected
-
-
 def test_what_made_the_weights_is_recorded():
     made = json.loads((DATA / MAIN.model / "training.json").read_text())
     assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
@@ -120,15 +115,15 @@ def test_what_made_the_weights_is_recorded():
         assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
-def test_half_crossings_of_a_known_curve():
+def test_measures_of_the_scorecards_on_known_curves_and_pictures():
     falling, twice = ([1.0, 0.9, 0.1, 0.0], [1.0, 0.25, 0.75, 0.0])
     for values, expected in ((falling, [600]), (falling[:2], []), (twice, [900 - 400 / 3, 600, 500 - 200 / 3])):
         curve = pd.Series(values, index=[900, 700, 500, 300][: len(values)])
         assert scorecard.half_crossings(curve) == pytest.approx(expected)
-
-
-def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
-    colour = torch.tensor([0.2, 0.6, 0.9])
+    # the largest fall is within a hundred timesteps, and relative to the peak
+    curves = np.array([[1, 4, 2, 2], [1, 1, 1, 1], [1, 4, 4, 1]], float)
+    assert scorecard_next.largest_fall(curves, np.array([900, 800, 700, 550])).tolist() == [0.5, 0, 0]
+    colour = torch.tensor([0.2, 0.6, 0.9])  # of the background: not of the middle nor of a few odd pixels
     pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
     pictures[..., 2:-2, 2:-2], pictures[..., :2, :40] = 0, 1
     torch.testing.assert_close(scorecard.background_colour(pictures), colour[None])
