@@ -92,7 +92,7 @@ def outcome_table(rows, starts=(900, 700, 500, 300)):
     )
 
 
-def test_transition_points_are_where_the_outcome_flips():
+def test_transition_points_are_where_the_outcome_flips_and_medians_count_all():
     points = basin.transition_points(outcome_table(["1100", "1111", "0000", "1000"]))
     assert points["outcome"].tolist() == ["flips", "always", "never", "flips"]
     np.testing.assert_array_equal(points["captured_at"], [700, 300, np.nan, 900])
@@ -105,6 +105,12 @@ def test_transition_points_are_where_the_outcome_flips():
     assert points[["monotone", "against"]].values.tolist() == [[False, 1], [False, 1], [True, 0]]
     assert points.loc[0, "point"] == 600  # one start disagrees with the flip after 700
     assert points.loc[1, "outcome"] == "never"  # as does one with never; ties go to the earliest start
+    # median points count those that never flip at the ends
+    points = basin.transition_points(outcome_table(["1100", "1111", "1111", "0000", "1000"]))
+    found = basin.median_points(points.assign(group=["a", "a", "a", "b", "b"]), "group").set_index("level")
+    assert found.loc["a", "point"] == 0 and found.loc["a", "n"] == 3  # two of three are captured at all starts
+    assert found.loc["b", "point"] == 900  # of 1000 and 800
+    assert (found["low"] <= found["point"]).all() and (found["point"] <= found["high"]).all()
 
 
 def test_funnel_width_is_interpolated_between_radii():
@@ -115,14 +121,6 @@ def test_funnel_width_is_interpolated_between_radii():
     assert widths.loc[500, "value"] == 2 and widths.loc[500, "n"] == 4
     assert widths.loc[500, "low"] <= 2 <= widths.loc[500, "high"]
     assert np.isinf(widths.loc[300, "value"])
-
-
-def test_median_points_count_those_that_never_flip_at_the_ends():
-    points = basin.transition_points(outcome_table(["1100", "1111", "1111", "0000", "1000"]))
-    found = basin.median_points(points.assign(group=["a", "a", "a", "b", "b"]), "group").set_index("level")
-    assert found.loc["a", "point"] == 0 and found.loc["a", "n"] == 3  # two of three are captured at all starts
-    assert found.loc["b", "point"] == 900  # of 1000 and 800
-    assert (found["low"] <= found["point"]).all() and (found["point"] <= found["high"]).all()
 
 
 def test_aligned_magnitude_falls_at_each_trajectorys_own_point():

@@ -90,16 +90,14 @@ TIMES = [900, 800, 700, 600, 500, 400]
 COURSES = np.array([[3, 1, 2, 3, 4, 5], [5, 4, 3, 2, 3, 1], [1, 2, 3, 4, 5, 6]], dtype=float).T
 
 
-def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall():
+def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall_and_ends_opposite_guidance():
     guidance = g.DynamicTransitionPoint(5.0, latest=450)
     weights = run_rule(guidance, COURSES, TIMES)
     assert weights == [[0, 0, 5, 5, 5, 5], [0, 0, 0, 0, 5, 5], [0, 0, 0, 0, 0, 5]]
     assert guidance.transition_point[:2].tolist() == [700, 500]
     assert guidance.transition_point[2].isnan()  # nothing was seen: guided from ``latest`` on
     assert run_rule(guidance, COURSES[:, :2], TIMES) == weights[:2]  # another batch: it begins anew
-
-
-def test_opposite_guidance_turns_the_pull_round_until_its_point():
+    # opposite guidance turns the pull round until its point
     static, dynamic = g.OppositeGuidance(650, 5.0), g.OppositeGuidance(None, 5.0, opposite_scale=3.0, latest=450)
     assert run_rule(static, COURSES, TIMES) == [[-2, -2, -2, 5, 5, 5]] * 3
     assert static.transition_point == 600

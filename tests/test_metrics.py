@@ -191,6 +191,10 @@ def test_diversity_is_the_mean_cosine_distance_of_pairs_and_saturation_a_share()
     assert float(metrics.diversity(features)) == pytest.approx(pdist(features.double().numpy(), "cosine").mean())
     assert float(metrics.diversity(features[:1].expand(5, -1))) == pytest.approx(0, abs=1e-12)
     assert metrics.diversity(features[:1]).isnan()
+    for count, spread in ((2, 1.0), (40, 1.0), (40, 1e-4)):  # and that of states, their distance
+        states = 1 + spread * torch.randn(count, 3, 4, 8, 8, generator=torch.Generator().manual_seed(count))
+        expected = [pdist(states[:, s].flatten(1).double().numpy()).mean() / np.sqrt(256) for s in range(3)]
+        np.testing.assert_allclose(metrics.mean_pairwise_distance(states), expected, rtol=1e-3)
     # and the saturated share counts values at either end
     pictures = torch.full((2, 3, 2, 2), 0.5)
     pictures[0, 0] = torch.tensor([[0.0, 1.0], [0.995, 0.985]])  # -1, 1, 0.99 and 0.97 of the range -1..1
@@ -229,11 +233,3 @@ def test_layout_similarity_is_the_correlation_outside_the_box(pictures):
     within[..., 10:40, 4:34], around[..., 9, 4:34] = 0, 0
     similarity = [float(metrics.layout_similarity(p, pictures[:1], [box])) for p in (within, around)]
     assert similarity[0] == pytest.approx(1, abs=1e-5) and similarity[1] < 0.999
-
-
-@pytest.mark.parametrize("count, spread", [(2, 1.0), (40, 1.0), (40, 1e-4)])
-def test_mean_pairwise_distance_agrees_with_scipy(count, spread):
-    generator = torch.Generator().manual_seed(count)
-    states = 1 + spread * torch.randn(count, 3, 4, 8, 8, generator=generator)
-    expected = [pdist(states[:, s].flatten(1).double().numpy()).mean() / np.sqrt(256) for s in range(3)]
-    np.testing.assert_allclose(metrics.mean_pairwise_distance(states), expected, rtol=1e-3)

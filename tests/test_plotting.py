@@ -1,4 +1,4 @@
-"""Figures: written whole or not at all, with what they were made from."""
+"""Figures: written whole or not at all, with what they were made from; trajectories on a sheet of paper."""
 
 import html
 import itertools
@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.offsetbox import AnnotationBbox
 from PIL import Image
 
-from basinlab import plotting
+from basinlab import plotting, projection
 
 matplotlib.use("Agg")
 TABLE = pd.DataFrame({"t": [999, 0], "value": [1.0, 0.5]})
@@ -30,14 +30,9 @@ def output(tmp_path, monkeypatch):
     plt.close("all")
 
 
-@pytest.fixture
-def figure():
+def test_save_writes_all_forms_and_a_manifest_entry_without_git_too(output, monkeypatch):
     figure, axis = plt.subplots()
     axis.plot(TABLE["t"], TABLE["value"])
-    return figure
-
-
-def test_save_writes_all_forms_and_a_manifest_entry_without_git_too(figure, output, monkeypatch):
     monkeypatch.setenv("PATH", "")
     plotting.save(figure, "one", TABLE, {"seeds": [0]})
     plotting.save(figure, "two", TABLE, {"seeds": [1]})
@@ -177,3 +172,43 @@ def test_the_picture_follows_the_slider_in_a_browser_without_a_network(tmp_path)
     page = html.unescape(re.search('srcdoc="(.*?)"', frame, re.DOTALL)[1])
     (tmp_path / "page.html").write_text(page + MOVE)  # at the end: the library holds a "</body>" of its own
     assert "3 pictures seen" in shown((tmp_path / "page.html").as_uri(), tmp_path / "profile")
+
+
+TIMES = torch.tensor([900, 500, 100])
+
+
+def states(count, spread, seed=0):
+    """Trajectories [count, 3, 4, 2, 2] whose spread at each time is ``spread``."""
+    noise = torch.randn(count, 1, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(spread).view(1, 3, 1, 1, 1) * noise + 0.01 * torch.randn(count, 3, 4, 2, 2)
+
+
+BUNDLES = {"memorized, CFG": states(8, [1.0, 0.5, 0.05]), "ordinary, CFG": states(8, [1.0, 1.0, 1.0], seed=1)}
+
+
+def test_each_bundle_has_its_true_width_at_each_time():
+    found = projection.umap(BUNDLES, TIMES, neighbours=5)
+    assert found.columns.tolist() == ["name", "trajectory", "t", "x", "y"] and len(found) == 16 * 3
+    assert found["trajectory"].nunique() == 16 and found["t"].tolist()[:3] == TIMES.tolist()
+    for name, bundle in BUNDLES.items():
+        for step, t in enumerate(TIMES.tolist()):
+            place = found[(found["name"] == name) & (found["t"] == t)][["x", "y"]].to_numpy()
+            drawn = np.sqrt(np.square(place).sum(axis=1).mean())
+            true = float((bundle[:, step] - bundle[:, step].mean(dim=0)).square().mean().sqrt())
+            assert drawn == pytest.approx(true, rel=1e-3)
+            assert np.abs(place.mean(axis=0)).max() < 1e-4  # centred
+
+
+def test_the_linear_view_is_the_direction_of_most_spread_and_what_cannot_be_projected_is_refused():
+    bundle = torch.zeros(5, 3, 1, 2, 2)
+    bundle[:, :, 0, 0, 1] = torch.arange(-2.0, 3)[:, None]
+    found = projection.linear({"a": bundle + 7}, TIMES, torch.full((3, 1, 2, 2), 7.0))
+    across = found[found["t"] == 500]["x"].to_numpy()
+    assert np.abs(across).tolist() == pytest.approx([2, 1, 0, 1, 2], abs=1e-5)
+    assert found["y"].abs().max() < 1e-5
+    with pytest.raises(ValueError, match="1 trajectories of 3 states"):
+        projection.umap({"a": states(1, [1.0, 1.0, 1.0])}, TIMES)
+    bad = states(6, [1.0, 1.0, 1.0])
+    bad[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="all finite"):
+        projection.umap({"a": bad}, TIMES)

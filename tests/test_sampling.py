@@ -26,14 +26,6 @@ def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, mitigations=None, steps=STEPS
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    """diffusers' own pipeline on the same folder: the independent implementation."""
-    made = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-@pytest.fixture(scope="module")
 def cfg(tiny):
     return sample(tiny, measure=True)
 
@@ -44,15 +36,11 @@ def predicting(denoiser, prediction_type):
     return replace(denoiser, scheduler=kind.from_config(config, prediction_type=prediction_type))
 
 
-def alpha_bars():
-    """The schedule of recipe.models, computed apart from diffusers."""
-    betas = np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
-    return torch.tensor(np.cumprod(1 - betas))
-
-
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("scheduler", "DPMSolverMultistep DDIM EulerDiscrete EulerAncestralDiscrete".split())
-def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type, scheduler):
+def test_latents_are_those_of_diffusers_pipeline(tiny, tiny_folder, prediction_type, scheduler):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
     kind = getattr(diffusers, f"{scheduler}Scheduler")
     # latents are no pixels: as in Stable Diffusion's own configuration they are not clipped to -1..1
     config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
@@ -68,14 +56,19 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     close(ours.latents[:, -1], theirs)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_batch_size_changes_no_result(tiny, cfg, batch_size):
-    parts = sample(tiny, measure=True, batch_size=batch_size)
-    assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
-    close(parts.latents, cfg.latents)
-    close(parts.predicted, cfg.predicted)
-    torch.testing.assert_close(parts.guidance_magnitude, cfg.guidance_magnitude, rtol=1e-4, atol=0)
-    assert parts.network_calls.tolist() == cfg.network_calls.tolist()
+def test_batch_size_changes_no_result(tiny, cfg):
+    for batch_size in (1, 4):
+        parts = sample(tiny, measure=True, batch_size=batch_size)
+        assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
+        close(parts.latents, cfg.latents)
+        close(parts.predicted, cfg.predicted)
+        torch.testing.assert_close(parts.guidance_magnitude, cfg.guidance_magnitude, rtol=1e-4, atol=0)
+        assert parts.network_calls.tolist() == cfg.network_calls.tolist()
+    for scheduler in ("EulerAncestralDiscreteScheduler", "DDPMScheduler"):  # noise drawn on the way is by the seed
+        torch.manual_seed(1)
+        together = sample(tiny, scheduler=scheduler)
+        torch.manual_seed(2)
+        close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents)
 
 
 @pytest.mark.parametrize("fault", ["another prompt's embedding", "another seed's noise"])
@@ -97,14 +90,6 @@ def test_a_wrong_neighbour_is_far_outside_the_bound(tiny, cfg, monkeypatch, faul
     run = sample(tiny)
     assert (run.latents - cfg.latents)[0].abs().max() > 100 * bound(cfg.latents)
     close(run.latents[1:], cfg.latents[1:])
-
-
-def test_noise_drawn_on_the_way_depends_on_the_seed_alone(tiny):
-    for scheduler in ("EulerAncestralDiscreteScheduler", "DDPMScheduler"):
-        torch.manual_seed(1)
-        together = sample(tiny, scheduler=scheduler)
-        torch.manual_seed(2)
-        close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents)
 
 
 def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny, cfg, rows):
@@ -131,8 +116,9 @@ def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
     denoiser = predicting(tiny, prediction_type)
     run = sample(denoiser, PROMPTS[0], SEEDS)
     states, empty = denoiser.embed(PROMPTS[:1]), denoiser.embed([""])
+    alpha_bars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)  # apart from diffusers
     for i, t in enumerate(run.timesteps.tolist()):
-        x, alpha_bar = run.latents[:, i].double(), alpha_bars()[t]
+        x, alpha_bar = run.latents[:, i].double(), torch.tensor(alpha_bars[t])
         epsilons = []
         for embedding in (states, empty):
             output = denoiser(x.float(), t, embedding.expand(3, -1, -1)).double()
@@ -184,16 +170,13 @@ def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, predict
         torch.testing.assert_close(run.predicted[:, i], clean, rtol=1e-3, atol=1e-2)
 
 
-def test_without_record_only_the_last_latents_are_kept(tiny, cfg):
+def test_rows_are_picked_out_whole_pictures_decoded_and_without_record_only_the_last_latents_kept(tiny, cfg):
     light = sample(tiny, record=False)
     assert light.latents.shape == (6, 1, 4, 16, 16) and light.predicted is None
     close(light.latents[:, -1], cfg.latents[:, -1])
     close(light.images(), cfg.images())
     with pytest.raises(ValueError, match="record=True"):
         light.predicted_images([0])
-
-
-def test_rows_and_prompts_are_picked_out_whole_and_pictures_are_the_decoded_latents(tiny, cfg):
     picked = cfg[[4, 0]]
     close(cfg.predicted[:, -1], cfg.latents[:, -1], share=2e-3)
     assert (picked.prompts, picked.seeds) == (PROMPTS[::-1], [1, 0])
@@ -258,21 +241,15 @@ def test_a_mitigation_alone_and_lists_of_any_order_are_the_same_and_diffusers_ow
     assert run.network_calls.tolist() == cfg.network_calls.tolist()
 
 
-def poisoned(denoiser, word):
-    """The denoiser with NaN for the meaning of ``word``, so that only prompts with it go wrong."""
-    denoiser, token = copy.copy(denoiser), denoiser.tokenizer(word).input_ids[1]
-    denoiser.text_encoder = copy.deepcopy(denoiser.text_encoder)
-    with torch.no_grad():
-        denoiser.text_encoder.get_input_embeddings().weight[token] = torch.nan
-    return denoiser
-
-
 def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny):
     step, t = next((step, t) for step, t in enumerate(tiny.timesteps(STEPS)) if t <= 500)
     message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {t}.*float32"
+    poisoned = replace(tiny, text_encoder=copy.deepcopy(tiny.text_encoder))
+    with torch.no_grad():  # NaN for the meaning of a word, so that only prompts with it go wrong
+        poisoned.text_encoder.get_input_embeddings().weight[tiny.tokenizer("hat").input_ids[1]] = torch.nan
     for batch_size in (64, 2):
         with pytest.raises(FloatingPointError, match=message):
-            sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
+            sample(poisoned, PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
 
 
 def test_a_guidance_is_left_as_it_was_and_what_it_saw_before_leaves_no_trace():

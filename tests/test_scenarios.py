@@ -177,9 +177,7 @@ def test_a_prompt_without_a_reference_is_unknown_until_its_attractor_is_estimate
     assert after["distance"].iloc[:3].equals(before["distance"].iloc[:3])
     assert after["distance"].iloc[3:].min() == pytest.approx(0, abs=1e-5)  # the medoid itself
     assert judges.settings() != settings and str(tmp_path) not in str(settings)
-
-
-def test_without_references_a_sweep_is_not_said_to_be_free_of_copies(sd_run, tmp_path):
+    # without references a sweep is not said to be free of copies
     scenario, cfg = written(tmp_path), basinlab.ConstantGuidance(3.0)
     sweep = basinlab.sweep(sd_run.denoiser, ["an owl"], [0, 1], [999, 0], after=cfg, steps=2, progress=False)
     table = scenarios.Judges(scenario)(sweep, scenario.table())

@@ -23,9 +23,7 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic
     intervals = [statistics.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
     covered = np.mean([low <= 5 <= high for low, high in intervals])
     assert 0.88 <= covered <= 0.99
-
-
-def test_bootstrap_interval_resamples_rows_the_same_every_time():
+    # it resamples rows, the same every time
     rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
     assert statistics.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean()) == (10.0, 10.0)
     values = np.random.default_rng(0).normal(size=30)

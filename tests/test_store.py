@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import os
 import resource
 import time
 from pathlib import Path
@@ -40,29 +41,24 @@ def test_a_digest_depends_on_content_alone():
         digest({"weights": Path("/x/y")})
 
 
-@pytest.mark.parametrize("suffix, result", [(".parquet", TABLE), (".safetensors", {"x": torch.ones(1000)})])
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_a_damaged_file_is_named_with_the_cure(tmp_path, suffix, result, share):
-    kept(tmp_path, "grid", SETTINGS, lambda: result, suffix)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(OSError, match=f"{path} is damaged .*: delete it, and the next run makes it again"):
-        kept(tmp_path, "grid", SETTINGS, no_call, suffix)
-
-
 @pytest.mark.parametrize("suffix, result", [(".parquet", TABLE), (".safetensors", {"x": torch.ones(10_000)})])
-def test_a_full_disk_and_a_folder_that_is_none_are_one_sentence_and_leave_nothing(tmp_path, suffix, result):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_damaged_file_a_full_disk_and_a_folder_that_is_none_are_one_sentence(tmp_path, suffix, result):
+    limits, again = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path, "grid", SETTINGS, lambda: result, suffix)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # writing fails after so many bytes
     try:
         with pytest.raises(OSError, match=rf"{tmp_path}/grid-\w+{suffix} could not be written .*make room"):
-            kept(tmp_path, "grid", SETTINGS, lambda: result, suffix)
+            kept(*again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").touch()
+    kept(*again)
+    (path,) = tmp_path.iterdir()
+    for size in (path.stat().st_size // 2, 0):
+        os.truncate(path, size)
+        with pytest.raises(OSError, match=f"{path} is damaged .*: delete it, and the next run makes it again"):
+            kept(*again)
     with pytest.raises(OSError, match="could not be written"):
-        kept(tmp_path / "file", "grid", SETTINGS, lambda: result, suffix)
+        kept(path, *again[1:])
 
 
 def test_ten_kills_leave_no_half_file_under_a_name_and_lose_one_block_at_most(tmp_path):

@@ -1,6 +1,7 @@
 """The bundled world: the shipped weights are what they are said to be, for any diffusers script."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,12 +33,18 @@ def test_plain_diffusers_pipeline_shows_the_memorization():
     assert (distances <= MAIN.radius).all(), distances
 
 
-def test_all_weights_are_half_precision_safetensors_below_40_megabytes():
+def test_all_weights_are_half_precision_safetensors_below_40_megabytes_and_what_made_them_is_recorded():
     files = [path for path in DATA.rglob("*") if path.suffix in {".safetensors", ".bin", ".pt", ".ckpt", ".pth"}]
     assert {path.suffix for path in files} == {".safetensors"}
     shipped = [path for path in files if DATA / "next" not in path.parents]  # next/ is training in progress
     assert sum(path.stat().st_size for path in shipped) < 40e6
     assert not [path for path in files for tensor in load_file(path).values() if tensor.dtype == torch.float32]
+    made = json.loads((DATA / MAIN.model / "training.json").read_text())
+    assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
+    for stage in ("vae", "unet"):
+        losses = pd.read_csv(DATA / MAIN.model / f"{stage}-losses.csv")
+        assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
+        assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
 def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundled, monkeypatch):
@@ -65,13 +72,10 @@ def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, light, tmp_
     assert measured[table["guidance"] == "none"].all()
 
 
-def test_radius_and_layout_floor_are_those_of_the_evaluation(kept):
+def test_the_scorecard_the_radius_and_the_layout_floor_are_the_committed_ones(kept, bundled):
     negatives = scorecard.negatives_of(kept, MAIN, metrics.CopyDistance())
     assert basin.calibrate_radius(negatives) == MAIN.radius
     assert scorecard.layout_floor(MAIN) == MAIN.layout_floor
-
-
-def test_the_scorecard_is_the_committed_one(kept, bundled):
     card = scorecard.scorecard(kept, bundled, scenarios.Judges(MAIN)).set_index("claim")
     committed = pd.read_csv(DATA.parent / "figures/01_scorecard.csv").set_index("claim")
     assert card.index.equals(committed.index) and card["verdict"].equals(committed["verdict"])
@@ -89,6 +93,8 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
 
 
 def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(light, tiny, tmp_path, monkeypatch):
+    scenario, (pictures, names) = replace(MAIN, second_copy="descriptor"), scenarios.unseen_scenes()
+    monkeypatch.setattr(scorecard_next, "unseen_scenes", lambda: (pictures[:24], names[:24]))
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
     few["ordinary"] = MAIN.table("ordinary").head(3)
     plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
@@ -98,21 +104,12 @@ def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(li
     monkeypatch.setattr(evaluate_next, "sweeps", lambda scenario: swept)
     monkeypatch.setattr(evaluate_next, "STARTS", (999, 0))
     monkeypatch.setattr(scorecard_next, "HELD_OUT", 4)
-    table = evaluate_next.evaluate(MAIN, tmp_path, steps=4)
+    table = evaluate_next.evaluate(scenario, tmp_path, steps=4)
     others = {name: table[table["group"] == "sweep"] for name in ("emoji-finetuned", "emoji-classes")}
     monkeypatch.setattr(type(tiny), "timesteps", lambda _: [999, 666, 333, 0])
-    card = scorecard_next.scorecard(table, tiny, scenarios.Judges(MAIN), others)
+    card = scorecard_next.scorecard(table, tiny, scenarios.Judges(scenario), others)
     assert len(card) > 35 and {*card["verdict"]} <= {"yes", "no", "undecided", "reported"}
     assert card["claim"].is_unique and (card["n"] > 0).all()
-
-
-def test_what_made_the_weights_is_recorded():
-    made = json.loads((DATA / MAIN.model / "training.json").read_text())
-    assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
-    for stage in ("vae", "unet"):
-        losses = pd.read_csv(DATA / MAIN.model / f"{stage}-losses.csv")
-        assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
-        assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
 def test_measures_of_the_scorecards_on_known_curves_and_pictures():
