@@ -128,13 +128,14 @@ def test_alignment_reads_a_named_model_from_the_hub_cache_and_all_of_it(alignmen
     named = metrics.Alignment("openai/clip-tiny")
     torch.testing.assert_close(named.text_features(TEXTS), alignment.text_features(TEXTS))
     assert named.weights == alignment.weights
+    gone = (snapshot / "tokenizer.json").rename(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"has no tokenizer.json"):
+        metrics.Alignment("openai/clip-tiny")
+    gone.rename(snapshot / "tokenizer.json")
     weights = load_file(snapshot / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the weights \['visual_projection.weight'\]: fetch it again"):
-        metrics.Alignment("openai/clip-tiny")
-    (snapshot / "tokenizer.json").unlink()
-    with pytest.raises(OSError, match=r"has no tokenizer.json"):
         metrics.Alignment("openai/clip-tiny")
 
 

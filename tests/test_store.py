@@ -72,11 +72,11 @@ def test_ten_kills_leave_no_half_file_under_a_name_and_lose_one_block_at_most(tm
         before = whole()
         child = multiprocessing.get_context("fork").Process(target=lambda: [block(i) for i in itertools.count()])
         child.start()
-        while whole() < before + 5:
+        while whole() < before + 5 and child.is_alive():
             time.sleep(0.0007 * kill)
         child.kill()
         child.join()
         assert child.exitcode == -9 and whole() > before
     assert all(block(i, no_call).eq(i).all() for i in range(whole()))
     block(whole())
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}  # what was half written is gone
+    assert not [*tmp_path.glob("*.part")]  # what was half written is gone
