@@ -244,7 +244,8 @@ def test_a_mitigation_alone_and_lists_of_any_order_are_the_same_and_diffusers_ow
 def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny):
     step, t = next((step, t) for step, t in enumerate(tiny.timesteps(STEPS)) if t <= 500)
     message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {t}.*float32"
-    poisoned = replace(tiny, text_encoder=copy.deepcopy(tiny.text_encoder))
+    poisoned = copy.copy(tiny)
+    poisoned.text_encoder = copy.deepcopy(tiny.text_encoder)
     with torch.no_grad():  # NaN for the meaning of a word, so that only prompts with it go wrong
         poisoned.text_encoder.get_input_embeddings().weight[tiny.tokenizer("hat").input_ids[1]] = torch.nan
     for batch_size in (64, 2):
