@@ -98,7 +98,7 @@ def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(li
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
     few["ordinary"] = MAIN.table("ordinary").head(3)
     plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
-    swept = [(group, few["template" if group == "template" else "memorized"], range(4), *rest)
+    swept = [(group, few["template" if group == "template" else "memorized"], range(2), *rest)
              for group, _, _, *rest in evaluate_next.sweeps(MAIN)]  # fmt: skip
     monkeypatch.setattr(evaluate_next, "plan", lambda scenario: plan)
     monkeypatch.setattr(evaluate_next, "sweeps", lambda scenario: swept)
