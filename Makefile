@@ -63,9 +63,10 @@ figures: $(INSTALLED)
 	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py $(if $(FIGURE),--figure $(FIGURE))
 	@$(if $(FIGURE),,$(if $(filter paper,$(PROFILE)),$(PY) notebooks/paper.py))
 
+# Two processes of one thread each: at the tests' sizes faster than one of two threads.
 test: lint
 	@echo "test: running tests and doctests (some minutes)"
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	@echo "lint: checking with ruff (seconds)"

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a random pipeline in the bundled world's architecture, and the bundled one."""
 
+import os
 import shutil
 import subprocess
 
@@ -9,6 +10,8 @@ import torch
 
 import basinlab
 from recipe import models
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # UMAP of a few points takes less time than its compiling
 
 
 def bound(expected, share=1e-4):

@@ -1,8 +1,12 @@
-"""The comparison: its methods, its grid, and what is read off the table."""
+"""The comparison: its methods, its grid, over several processes too, and what is read off the table."""
 
 import itertools
+import os
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +33,15 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     both = comparison.pairs(chosen)
     assert {*both} == {(prior, None, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
     assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
+    # published scenarios get their authors' settings
+    scenario = scenarios.read("sd21-laion10k")
+    methods = comparison.methods(scenario)
+    assert len(methods) == 22 and all(len(settings) == 1 for settings in methods.values())
+    chosen = comparison.tuned(scenario)
+    assert chosen["Wen"][0] == mitigations.PromptOptimization(3.0, 0.05, 10)
+    assert describe(chosen["STP"][0]) == describe(basinlab.StaticTransitionPoint(500, 7.5))
+    assert describe(chosen["OG + STP"][0]) == describe(basinlab.OppositeGuidance(650, 7.5, 2.0))
+    assert describe(chosen["Han, batch-wise"][-1]) == describe(basinlab.StaticTransitionPoint(919, 7.5))
 
 
 def test_a_method_that_was_not_tuned_is_said_and_left_out(tmp_path, monkeypatch):
@@ -41,27 +54,13 @@ def test_a_method_that_was_not_tuned_is_said_and_left_out(tmp_path, monkeypatch)
     assert "STP" not in chosen and {"CFG", "DTP"} <= chosen.keys()
 
 
-def test_norms_are_measured_on_ordinary_prompts_that_are_not_compared():
-    (region, _), compared = comparison.methods(MAIN)["stability"][0], comparison.groups(MAIN, "paper")["ordinary"]
-    assert len(region.prompts) == 50 and not {*region.prompts} & {*compared["prompt"]}
-    assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
-
-
-def test_published_scenarios_get_the_authors_settings():
-    scenario = scenarios.read("sd21-laion10k")
-    methods = comparison.methods(scenario)
-    assert len(methods) == 22 and all(len(settings) == 1 for settings in methods.values())
-    chosen = comparison.tuned(scenario)
-    assert chosen["Wen"][0] == mitigations.PromptOptimization(3.0, 0.05, 10)
-    assert describe(chosen["STP"][0]) == describe(basinlab.StaticTransitionPoint(500, 7.5))
-    assert describe(chosen["OG + STP"][0]) == describe(basinlab.OppositeGuidance(650, 7.5, 2.0))
-    assert describe(chosen["Han, batch-wise"][-1]) == describe(basinlab.StaticTransitionPoint(919, 7.5))
-
-
-def test_settings_are_chosen_on_prompts_that_are_not_compared():
+def test_settings_and_norms_are_chosen_on_prompts_that_are_not_compared():
     held_out = set(MAIN.table()["prompt"].iloc[-comparison.HELD_OUT :])
     for profile in comparison.PROFILES:
         assert not held_out & {prompt for _, _, rows, *_ in comparison.plan(MAIN, profile) for prompt in rows["prompt"]}
+    (region, _), compared = comparison.methods(MAIN)["stability"][0], comparison.groups(MAIN, "paper")["ordinary"]
+    assert len(region.prompts) == 50 and not {*region.prompts} & {*compared["prompt"]}
+    assert {*region.prompts} <= {*MAIN.table("ordinary")["prompt"]}
 
 
 @pytest.mark.parametrize("name, sizes", [
@@ -73,11 +72,6 @@ def test_the_paper_profile_has_the_size_that_is_stated(name, sizes):
     grids = [grid for grid in comparison.plan(scenarios.read(name), "paper") if grid[0] == "methods"]
     assert {group: len(rows) for _, group, rows, *_ in grids} == sizes
     assert {(len(seeds), len(tried)) for *_, seeds, tried in grids} == {(4, len(comparison.tuned(MAIN)))}
-
-
-@dataclass(frozen=True)
-class Nothing(basinlab.Mitigation):
-    """A mitigation that changes nothing, but is another method."""
 
 
 class Plain:
@@ -109,7 +103,8 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     grid(tmp_path, prompts=PROMPTS.assign(attractor=["/x", "/y"]))  # where pictures lie is no setting
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    settings = [[basinlab.ConstantGuidance(4.0)], [Nothing(), basinlab.ConstantGuidance(3.0)]]
+    nothing = mitigations.EmbeddingNoise(0.0)  # it changes no embedding, but is another method
+    settings = [[basinlab.ConstantGuidance(4.0)], [nothing, basinlab.ConstantGuidance(3.0)]]
     others = [{"judges": Plain(a=2)}, {"steps": 5}, {"measure": True}, {"prompts": PROMPTS.assign(object="c")}]
     for changed in [*others, *({"methods": {"CFG": setting}} for setting in settings)]:
         before = len([*tmp_path.iterdir()])
@@ -117,7 +112,8 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
         assert len([*tmp_path.iterdir()]) > before, changed
 
 
-def test_a_comparison_is_all_of_its_plan_and_is_resumed(tmp_path, monkeypatch):
+def test_a_comparison_is_all_of_its_plan_and_is_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)
     size = {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
     monkeypatch.setitem(comparison.PROFILES, "tiny", comparison.PROFILES["tiny"] | size)
     table = comparison.compare(MAIN, "tiny", tmp_path)
@@ -142,20 +138,14 @@ def synthetic(copied: dict[str, float], right: float = 0.8, prompts: int = 20, s
     return table.assign(new_and_right=table["object_right"] & ~table["copied"], calls=calls, **further)
 
 
-NAMES = ("CFG", "STP", "DTP", "OG + STP", "OG + DTP")
-
-
-@pytest.fixture(scope="module")
-def rows():
-    real = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.manual_seed(1)), dim=1)
-    return comparison.summary(synthetic(dict(zip(NAMES, (1.0, 0.0, 0.02, 0.5, 0.6), strict=True))), real=real)
-
-
 def value(rows, method, measure, group="memorized"):
     return rows.query("method == @method and measure == @measure and group == @group").iloc[0]
 
 
-def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
+def test_summary_gives_shares_with_intervals_costs_relative_to_cfg_and_marks_the_best(tmp_path):
+    copied = {"CFG": 1.0, "STP": 0.0, "DTP": 0.02, "OG + STP": 0.5, "OG + DTP": 0.6}
+    real = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.manual_seed(1)), dim=1)
+    rows = comparison.summary(synthetic(copied), real=real)
     half = value(rows, "OG + STP", "copied")
     assert half["low"] < 0.5 < half["high"] and half["n"] == 100 and half["prompts"] == 20
     assert half["high"] - half["low"] == pytest.approx(2 * 1.96 * 0.05, rel=0.3)
@@ -166,12 +156,16 @@ def test_summary_gives_shares_with_intervals_and_costs_relative_to_cfg(rows):
     assert cmmd["low"] < cmmd["value"] < cmmd["high"]
     none, every = (value(rows, name, "copied")[["value", "low", "high"]].tolist() for name in ("STP", "CFG"))
     assert none == pytest.approx([0, 0, 0.037], abs=1e-3) and every == pytest.approx([1, 0.963, 1], abs=1e-3)
-
-
-def test_best_and_what_cannot_be_told_from_it_are_marked(rows):
-    marks = {name: value(rows, name, "copied")["best"] for name in NAMES}
+    marks = {name: value(rows, name, "copied")["best"] for name in copied}
     assert marks == {"CFG": "", "STP": "best", "DTP": "tied", "OG + STP": "", "OG + DTP": ""}
-    assert sorted(value(rows, name, "object_right")["best"] for name in NAMES).count("best") == 1
+    assert sorted(value(rows, name, "object_right")["best"] for name in copied).count("best") == 1
+    # exported for sheet, page and paper
+    comparison.export(rows, tmp_path / "sd1.4")
+    assert len(pd.read_csv(tmp_path / "sd1.4.csv")) == len(rows)
+    page, paper = ((tmp_path / f"sd1.4.{end}").read_text() for end in ("md", "tex"))
+    line = next(line for line in page.splitlines() if line.startswith("| STP"))
+    assert "0.00 [0.00, 0.04]**" in line
+    assert page.count("## ") == 2 and paper.count("\\begin{table}") == 2
 
 
 def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
@@ -181,15 +175,6 @@ def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
     assert not {"diversity", "cmmd", "object_right", "seconds"} & set(rows["measure"]) and rows["value"].notna().all()
     row = rows.query("measure == 'copied'").iloc[0]
     assert row["n"] == 160 and 0.95 < row["low"] < 1  # Wilson's: a bootstrap has no width
-
-
-def test_tables_are_exported_for_sheet_page_and_paper(rows, tmp_path):
-    comparison.export(rows, tmp_path / "sd1.4")
-    assert len(pd.read_csv(tmp_path / "sd1.4.csv")) == len(rows)
-    page, paper = ((tmp_path / f"sd1.4.{end}").read_text() for end in ("md", "tex"))
-    line = next(line for line in page.splitlines() if line.startswith("| STP"))
-    assert "0.00 [0.00, 0.04]**" in line
-    assert page.count("## ") == 2 and paper.count("\\begin{table}") == 2
 
 
 def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(monkeypatch):
@@ -203,15 +188,6 @@ def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(mon
     assert comparison.obtain("paper", folder=None)["made"].tolist() == [*comparison.SCENARIOS]
 
 
-def test_the_kept_table_has_what_sampling_gives_now(bundled):
-    row = pd.read_parquet(basinlab.data_folder() / "comparison.parquet").query("method == 'CFG'").iloc[1]
-    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, record=False, progress=False)
-    found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
-    assert found["distance"] == pytest.approx(row["distance"], abs=1e-3) and found["copied"] == row["copied"]
-    assert found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
-
-
 def test_the_command_samples_judges_and_writes_a_table(tmp_path, monkeypatch):
     team = SimpleNamespace(num_processes=1, is_main_process=True, destroy_process_group=list)
     monkeypatch.setattr(comparison, "processes", lambda: team)
@@ -220,3 +196,55 @@ def test_the_command_samples_judges_and_writes_a_table(tmp_path, monkeypatch):
     comparison.main()
     table = pd.read_parquet(tmp_path / "t.parquet")
     assert len(table) == 1 and table.attrs["made_with"] and "'tiny'" in table["given"][0]
+
+
+GRID = """
+import sys
+from test_comparison import small_grid
+from basinlab import comparison
+table, team = small_grid(*sys.argv[1:3]), comparison.processes()
+if team.is_main_process:
+    table.to_parquet(sys.argv[3])
+print(f"pid {team.num_processes}")
+team.destroy_process_group()
+"""
+PARTS = 12
+
+
+def small_grid(model, folder) -> pd.DataFrame:
+    methods = {"CFG": [basinlab.ConstantGuidance(3.0)], "STP": [basinlab.StaticTransitionPoint(500, 3.0)]}
+    given = basinlab.load(model), MAIN.table().head(6), range(4), methods, scenarios.Judges(MAIN), folder
+    return comparison.run_grid(*given, steps=10, block=1).drop(columns="seconds")
+
+
+def launched(processes: int, script: Path, *given: Path) -> subprocess.Popen:
+    """``accelerate launch`` of the script, one thread each."""
+    # without GPUs, several processes talk over gloo
+    options = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = ["-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0", script, *given]
+    here = Path(__file__).parent
+    paths = os.pathsep.join([*map(str, (here, here.parent, here.parent / "data")), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in /proc")
+def test_one_of_two_processes_is_killed_and_another_number_goes_on_to_the_table_of_one(tmp_path, tiny_folder):
+    script, parts, table = tmp_path / "grid.py", tmp_path / "parts", tmp_path / "table.parquet"
+    script.write_text(GRID)
+    run = launched(2, script, tiny_folder, parts, table)
+    while len(list(parts.glob("*.parquet"))) < 3 and run.poll() is None:
+        time.sleep(0.02)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0, output
+    kept = {path: path.read_bytes() for path in parts.glob("*.parquet")}
+    assert 3 <= len(kept) < PARTS and not table.exists()
+    again = launched(3, script, tiny_folder, parts, table)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and output.count("pid 3") == 3, output
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert not list(parts.glob("*.part"))
+    pd.testing.assert_frame_equal(pd.read_parquet(table), small_grid(tiny_folder, tmp_path / "alone"))

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -76,16 +74,6 @@ def test_guider_survives_saving_and_copying_and_is_usable_before_the_first_step(
     assert guidance.new(guidance_scale=9.0).config["guidance_scale"] == 9.0
 
 
-def test_guider_is_called_as_modular_pipelines_call_it():
-    guidance = g.StaticTransitionPoint(500, guidance_scale=2.0)
-    state = SimpleNamespace(text=torch.ones(1), empty=torch.zeros(1))
-    for timestep, expected in ((600, 0.0), (400, 2.0)):
-        batches = at(guidance, timestep).prepare_inputs_from_block_state(state, {"embedding": ("text", "empty")})
-        for batch in batches:
-            batch.noise_pred = batch.embedding
-        assert float(guidance(batches).pred) == expected
-
-
 def run_rule(guidance, magnitudes, timesteps):
     """Feed predictions whose difference has the given magnitudes [S, B]; the weight of each sample at each step."""
     weights = []
@@ -102,16 +90,14 @@ TIMES = [900, 800, 700, 600, 500, 400]
 COURSES = np.array([[3, 1, 2, 3, 4, 5], [5, 4, 3, 2, 3, 1], [1, 2, 3, 4, 5, 6]], dtype=float).T
 
 
-def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall():
+def test_dynamic_point_is_where_the_magnitude_has_risen_after_a_fall_and_ends_opposite_guidance():
     guidance = g.DynamicTransitionPoint(5.0, latest=450)
     weights = run_rule(guidance, COURSES, TIMES)
     assert weights == [[0, 0, 5, 5, 5, 5], [0, 0, 0, 0, 5, 5], [0, 0, 0, 0, 0, 5]]
     assert guidance.transition_point[:2].tolist() == [700, 500]
     assert guidance.transition_point[2].isnan()  # nothing was seen: guided from ``latest`` on
     assert run_rule(guidance, COURSES[:, :2], TIMES) == weights[:2]  # another batch: it begins anew
-
-
-def test_opposite_guidance_turns_the_pull_round_until_its_point():
+    # opposite guidance turns the pull round until its point
     static, dynamic = g.OppositeGuidance(650, 5.0), g.OppositeGuidance(None, 5.0, opposite_scale=3.0, latest=450)
     assert run_rule(static, COURSES, TIMES) == [[-2, -2, -2, 5, 5, 5]] * 3
     assert static.transition_point == 600
@@ -122,14 +108,11 @@ def test_opposite_guidance_turns_the_pull_round_until_its_point():
 
 
 @pytest.mark.parametrize("schedule, rising", [("linear", (1, 1)), ("cosine", (1, 1)), ("v", (-1, 1)), ("a", (1, -1))])
-def test_schedules_have_the_asked_mean_and_shape(schedule, rising):
+def test_schedules_have_the_asked_mean_and_shape_and_intervals_run_down(schedule, rising):
     weights = np.array([g.ScheduledGuidance(schedule, 3.0).weight(t) for t in range(1001)])
     assert abs(weights.mean() - 3) < 0.01 and (weights >= -1e-9).all()
     early, late = np.diff(weights[::-1])[:500], np.diff(weights[::-1])[500:]  # as sampling goes on
     assert (np.sign(early.sum()), np.sign(late.sum())) == rising
-
-
-def test_an_interval_that_runs_upwards_is_refused():
     with pytest.raises(ValueError, match="from 300 down to 700"):
         g.GuidanceInterval(300, 700)
 

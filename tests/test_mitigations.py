@@ -1,17 +1,22 @@
-"""The mitigations of earlier work against their authors' definitions, seen by one that looks on."""
+"""Mitigations and detectors of earlier work against their authors' definitions and other implementations."""
 
 import copy
 import functools
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import close
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance
+from diffusers.models.attention_processor import AttnProcessor
+from sklearn.metrics import roc_auc_score
 
 import basinlab
+from basinlab import detection
 from basinlab import mitigations as p
 from basinlab.guidance import describe
 
@@ -50,8 +55,12 @@ def norm(x):
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
+def length(x):
+    return norm(x).flatten()
+
+
 def magnitude(denoiser, state):
-    return norm(difference(denoiser, state, state.latents)).flatten()
+    return length(difference(denoiser, state, state.latents))
 
 
 @pytest.mark.parametrize("kind, allowed", [
@@ -70,7 +79,7 @@ def test_inserted_words_leave_the_prompt_in_order_and_differ_by_seed(tiny, kind,
         assert added.total() == 4 and all(map(allowed, added))
 
 
-def test_embedding_noise_has_the_stated_deviation_and_is_independent_of_the_initial_noise(tiny):
+def test_embedding_noise_has_the_stated_deviation_independent_of_the_initial_noise_after_other_mitigations(tiny):
     clean, _, _ = start(tiny, seeds=range(8))
     noisy, _, _ = start(tiny, p.EmbeddingNoise(0.3), seeds=range(8))
     noise = noisy.conditional - clean.conditional
@@ -79,6 +88,12 @@ def test_embedding_noise_has_the_stated_deviation_and_is_independent_of_the_init
     first, latents = noise[0].flatten()[:1024], noisy.latents[0].flatten()
     assert abs(np.corrcoef(first, latents)[0, 1]) < 0.13
     torch.testing.assert_close(noisy.latents, clean.latents)
+    # mitigations apply in order and describe themselves
+    state, _, run = start(tiny, p.RepeatedWords(1), p.EmbeddingNoise(0.1), seeds=[0])
+    assert state.texts == [p.RepeatedWords(1).text(prompt, 0, tiny) for prompt in PROMPTS] and run.prompts == PROMPTS
+    noise = state.conditional - tiny.embed(state.texts)
+    assert noise.std().item() == pytest.approx(0.1, abs=0.01)
+    assert describe(p.RepeatedWords(1)) == {"name": "RepeatedWords", "count": 1}
 
 
 def test_annealed_condition_is_noise_at_first_and_the_prompt_at_last(tiny):
@@ -94,9 +109,7 @@ def test_annealed_condition_is_noise_at_first_and_the_prompt_at_last(tiny):
     assert max(over[:2]) < 0.1 and over[2:] == sorted(over[2:])  # all noise at the two steps before 800
     with pytest.raises(ValueError, match="first is 500, last 500"):
         p.ConditionAnnealing(0.1, 500, 500)
-
-
-def test_annealed_condition_without_rescaling_follows_its_formula(tiny):
+    # without rescaling it follows its formula
     state, seen, _ = start(tiny, p.ConditionAnnealing(0.5, first=1000, last=0, mixing=0.0), steps=4)
     for t, embedding in seen.items():
         gamma = 1 - t / 1000
@@ -109,27 +122,22 @@ def predict(denoiser, embedding, **attention):
     return denoiser(latents, 500, embedding, **attention)
 
 
-def test_masked_tokens_get_no_attention(tiny):
-    state, _, _ = start(tiny, p.CrossAttentionMask(1.25), seeds=[0])
-    lengths = [len(ids) for ids in tiny.tokenizer(PROMPTS).input_ids]
-    assert [(row != 0).sum().item() for row in state.token_scale] == lengths
-    usual = predict(tiny, state.conditional, token_scale=state.token_scale)
-    changed = state.conditional + 10 * (state.token_scale == 0)[..., None]
-    torch.testing.assert_close(predict(tiny, changed, token_scale=state.token_scale), usual, atol=1e-6, rtol=0)
-    assert (predict(tiny, changed) - predict(tiny, state.conditional)).abs().max() > 1e-2
-
-
 def test_masking_is_that_of_diffusers_own_attention_mask(tiny):
-    state, _, _ = start(tiny, p.CrossAttentionMask(1.0, keep_end=False), seeds=[0])
-    latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = tiny.unet(latents, 500, state.conditional, encoder_attention_mask=state.token_scale != 0).sample
-    found = predict(tiny, state.conditional, token_scale=state.token_scale)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    lengths = [len(ids) for ids in tiny.tokenizer(PROMPTS).input_ids]
+    for keep_end in (True, False):
+        state, _, _ = start(tiny, p.CrossAttentionMask(1.0, keep_end=keep_end), seeds=[0])
+        assert [(row != 0).sum().item() for row in state.token_scale] == [n - (not keep_end) for n in lengths]
+        latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = tiny.unet(latents, 500, state.conditional, encoder_attention_mask=state.token_scale != 0).sample
+        found = predict(tiny, state.conditional, token_scale=state.token_scale)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        assert (found - predict(tiny, state.conditional)).abs().max() > 1e-2
 
 
 def test_the_begin_tokens_logits_are_multiplied(tiny):
-    state, _, _ = start(tiny, seeds=[0])
+    state, _, _ = start(tiny, p.CrossAttentionMask(1.25), seeds=[0])
+    assert state.token_scale[:, 0].eq(1.25).all() and state.token_scale[:, 1:].le(1).all()
     usual, scale = predict(tiny, state.conditional), torch.ones(2, state.conditional.shape[1])
     torch.testing.assert_close(predict(tiny, state.conditional, token_scale=scale), usual, atol=1e-5, rtol=0)
     scale[:, 0] = 1.25
@@ -167,7 +175,7 @@ def test_descent_ends_at_or_below_the_target_and_leaves_alone_what_is_there(tiny
     assert run.gradient_passes.eq(6).all() and run.network_calls.eq(6 + 2 + 2).all()  # it stops after its iterations
 
 
-def test_noise_ascent_is_the_authors_formula(tiny):
+def test_noise_ascent_is_the_authors_formula_and_sharpness_aware_noise_descends(tiny):
     before, _, _ = start(tiny)
     after, _, run = start(tiny, p.NoiseAscent(rho=10, gamma=0.7, iterations=2))
     x = before.latents
@@ -177,18 +185,13 @@ def test_noise_ascent_is_the_authors_formula(tiny):
     close(after.latents, x)
     assert run.gradient_passes.eq(0).all() and run.network_calls.eq(8 + 2).all()
 
-
-def test_sharpness_aware_noise_lowers_the_magnitude_ahead(tiny):
+    # and sharpness-aware noise lowers the magnitude ahead
     def ahead(state):
         here = difference(tiny, state, state.latents)
         return norm(difference(tiny, state, state.latents + 0.25 * here / norm(here)))
 
-    before, _, _ = start(tiny)
     after, _, _ = start(tiny, p.SharpnessAwareNoise(0.0, radius=0.25, pull=0.0, rate=0.02, iterations=10))
     assert (ahead(after) < ahead(before)).all()
-
-
-REPEL = basinlab.AttractRepel(2.0, 0.5)
 
 
 @pytest.mark.parametrize("method", [
@@ -200,8 +203,9 @@ REPEL = basinlab.AttractRepel(2.0, 0.5)
 ], ids=lambda method: type(method).__name__)  # fmt: skip
 def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, method, tmp_path, monkeypatch):
     monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
-    guidance = REPEL if isinstance(method, basinlab.Mitigation) else basinlab.ConstantGuidance(2.0)
-    setting, options = [method, guidance] if guidance is REPEL else method, {"steps": 5, "progress": False}
+    changes, options = isinstance(method, basinlab.Mitigation), {"steps": 5, "progress": False}
+    guidance = basinlab.AttractRepel(2.0, 0.5) if changes else basinlab.ConstantGuidance(2.0)
+    setting = [method, guidance] if changes else method
     together = basinlab.sample(tiny, PROMPTS, range(3), setting, **options)
     alone = basinlab.sample(tiny, PROMPTS[1], 2, setting, **options)
     close(together.latents[-1:], alone.latents)
@@ -209,18 +213,10 @@ def test_a_sample_does_not_depend_on_the_batch_around_it(tiny, method, tmp_path,
     assert (plain.latents - alone.latents).abs().max() > 1e-3
 
 
-def test_mitigations_apply_in_order_and_describe_themselves(tiny):
-    state, _, run = start(tiny, p.RepeatedWords(1), p.EmbeddingNoise(0.1), seeds=[0])
-    assert state.texts == [p.RepeatedWords(1).text(prompt, 0, tiny) for prompt in PROMPTS] and run.prompts == PROMPTS
-    noise = state.conditional - tiny.embed(state.texts)
-    assert noise.std().item() == pytest.approx(0.1, abs=0.01)
-    assert describe(p.RepeatedWords(1)) == {"name": "RepeatedWords", "count": 1}
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_descents_work_in_half_precision_and_where_no_gradients_are_kept(tiny_folder, tiny, context):
+def test_descents_work_in_half_precision_and_where_no_gradients_are_kept(tiny_folder, tiny):
     half = basinlab.load(tiny_folder, dtype=torch.float16)
-    for method in (p.PromptOptimization(0.01, 0.01, 2), p.SharpnessAwareNoise(0.01, 0.5, 0.05, 0.02, 1)):
+    methods = p.PromptOptimization(0.01, 0.01, 2), p.SharpnessAwareNoise(0.01, 0.5, 0.05, 0.02, 1)
+    for method, context in itertools.product(methods, (torch.no_grad, torch.inference_mode)):
         wanted, _, _ = start(tiny, method, seeds=[0])
         with context():
             state, _, _ = start(half, method, seeds=[0])
@@ -308,3 +304,96 @@ def test_the_stability_region_holds_norms_within_its_bounds(tiny, tmp_path, monk
     assert far.max() < 0.101
     basinlab.sample(tiny, PROMPTS, 0, p.StabilityRegion(3.0, ORDINARY, 2.0), **options)
     assert len([*tmp_path.rglob("*.safetensors")]) == 1  # measured once, for all gammas
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return basinlab.sample(tiny, PROMPTS, [0, 1], basinlab.ConstantGuidance(2.0), steps=6, progress=False)
+
+
+def both(run, step, t):
+    """The two predictions of the network itself at the states of ``step``."""
+    denoiser, x = run.denoiser, run.latents[:, step]
+    with torch.no_grad():
+        return [denoiser.unet(x, t, denoiser.embed(texts)).sample for texts in (run.prompts, [""] * len(run))]
+
+
+def test_first_step_detectors_are_their_formulas_whatever_the_batch(tiny, run):
+    c, u = both(run, 0, run.timesteps[0])
+    alpha_bar = tiny.scheduler.alphas_cumprod[run.timesteps[0]]
+    ahead = replace(run, latents=run.latents + 0.25 * ((c - u) / norm(c - u))[:, None])
+    c2, u2 = both(ahead, 0, run.timesteps[0])
+    assert run.latents[0, 0].numel() == 2**10  # so that a radius of 1 is 0.25 here
+    torch.testing.assert_close(detection.sharpness(run), alpha_bar.sqrt() * length(c2 - u2), atol=1e-5, rtol=1e-4)
+    c, u = both(run, 0, run.timesteps[-3])
+    cosine = torch.cosine_similarity(u, c - u, dim=1).mean((1, 2))
+    expected = run.guidance_magnitude[:, 0] + 2 * 0.25 * (alpha_bar / 0.0047).sqrt() * cosine
+    torch.testing.assert_close(detection.anisotropy(run), expected, atol=1e-5, rtol=1e-4)
+    # and no detector's score depends on the batch
+    of = "sharpness anisotropy picture_weight end_attention critical_scale"
+    for score in (getattr(detection, name) for name in of.split()):
+        torch.testing.assert_close(score(run)[2:3], score(run[2]), atol=1e-4, rtol=1e-4)
+
+
+def test_end_attention_looks_where_diffusers_own_attention_does(tiny, run):
+    layer = next(part for name, part in tiny.unet.named_modules() if name.endswith("attn2"))
+    before, seen = layer.processor, []
+    scores = layer.get_attention_scores
+    layer.get_attention_scores = lambda *given: seen.append(scores(*given)) or seen[-1]
+    layer.set_processor(AttnProcessor())
+    both(run, -2, run.timesteps[-1])
+    layer.set_processor(before)
+    del layer.get_attention_scores
+    ends = [len(ids) - 1 for ids in tiny.tokenizer(run.prompts).input_ids]
+    heads = seen[0].unflatten(0, (4, -1)).mean(1)
+    side = int(heads.shape[1] ** 0.5)
+    small = torch.stack([heads[i, :, end].view(side, side) for i, end in enumerate(ends)])
+    mask = torch.kron(small, torch.ones(16 // side, 16 // side))[:, None]
+    c, u = both(run, 0, run.timesteps[0])
+    expected = tiny.scheduler.alphas_cumprod[run.timesteps[0]].sqrt() * length((c - u) * mask) / mask.mean((1, 2, 3))
+    torch.testing.assert_close(detection.end_attention(run), expected, atol=1e-5, rtol=1e-4)
+    assert layer.processor is before and not layer.to_q._forward_hooks
+
+
+def test_the_pictures_weight_is_that_of_a_mixed_trajectory_and_stability_a_z_score(tiny, run):
+    w = torch.linspace(0, 1, 7)[None, :, None, None, None]
+    x, noise = run.latents[:, -1:], run.latents[:, :1]
+    mixed = replace(run, latents=w * x + (1 - w) * noise)
+    expected = w.flatten()[1] / run.denoiser.scheduler.alphas_cumprod[run.timesteps[1]].sqrt()
+    torch.testing.assert_close(detection.picture_weight(mixed), expected.expand(4), atol=1e-3, rtol=1e-3)
+    # and stability is the largest z-score of an update
+    norms = p.ordinary_norms(tiny, ["an owl", "here is a tomato"], basinlab.ConstantGuidance(2.0), steps=6)
+    updates = length(run.latents.diff(dim=1).flatten(0, 1)).view(4, 6)
+    z = (updates - norms[0, :, 1]) / norms[1, :, 1]
+    torch.testing.assert_close(detection.stability(run, norms), z.max(dim=1).values)
+
+
+def test_the_critical_scale_is_the_width_of_the_basin_where_that_is_known():
+    """A Gaussian of deviation 1 takes x to x / (1 + sigma^2): a step that may be a quarter of x at most."""
+    centre, wide = torch.tensor([3.0, 0.0]), basinlab.MixtureDenoiser([(0.0, 0.0)], [1.0], {"": [1.0], "point": [1.0]})
+    run = basinlab.sample(wide, "point", [0, 1], basinlab.ConstantGuidance(1.0), progress=False)
+    run.latents[:, -1] = centre.view(2, 1, 1)
+    found = detection.critical_scale(run, scales=50, iterations=1)
+    sigmas = (1 / wide.scheduler.alphas_cumprod[run.timesteps] - 1).sqrt()
+    allowed = sigmas[1 - 1 / (1 + sigmas**2) <= 0.25].max()
+    torch.testing.assert_close(found, allowed.expand(2))
+    world = basinlab.MixtureDenoiser.with_duplicate()
+    run = basinlab.sample(world, "memorized", [0, 1], basinlab.ConstantGuidance(1.0), progress=False)
+    run.latents[0, -1], run.latents[1, -1] = world.duplicate, torch.tensor([-5.0, 3.0]).view(2, 1, 1)
+    duplicate, elsewhere = detection.critical_scale(run)
+    assert duplicate > 1 > elsewhere
+
+
+def test_separation_is_that_of_scikit_learn_and_of_counting():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"prompt": np.repeat(np.arange(40), 5), "truth": np.repeat(np.arange(40) < 20, 5)})
+    table["score"] = (rng.normal(size=200) + table["truth"]).round(1)  # with ties
+    area, found = detection.separation(table, "score", "truth").itertuples()
+    assert area.value == pytest.approx(roc_auc_score(table["truth"], table["score"]))
+    assert area.low < area.value < area.high and (area.n, area.prompts) == (200, 40)
+    limit = table.loc[~table["truth"], "score"].sort_values().iloc[-2]  # above it lies one of 100
+    assert found.value == pytest.approx((table.loc[table["truth"], "score"] > limit).mean())
+    perfect = detection.separation(table.assign(score=table["truth"] * 1.0), "score", "truth")
+    assert perfect["value"].eq(1).all() and perfect["low"].between(0.8, 0.9).all()  # 20 prompts without exception
+    alone = detection.separation(table[table["truth"]], "score", "truth")
+    assert alone[["value", "low", "high"]].isna().all(axis=None)

@@ -1,18 +1,21 @@
-"""Every notebook runs from its first cell to its last, and writes its figures."""
+"""Every notebook runs from its first cell to its last and writes its figures; the pages of ``make site`` show them."""
 
-import ast
-import builtins
 import copy
-import importlib
+import functools
+import html
+import http.server
 import json
-import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import needs_browser, shown
+
+from notebooks import execute, paper
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -32,22 +35,18 @@ def test_every_committed_picture_is_told_in_words(notebook):
     assert not wordless_pictures(ROOT / "notebooks" / notebook)
 
 
-def with_answers(notebook: str, folder: Path) -> Path:
-    """A copy of the notebook at whose end the code of its exercises' answers is run."""
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path, monkeypatch):
+    settings = {"BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny", "BASINLAB_OUT": ""}
+    for name, value in settings.items():  # the kernel's, too
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(execute, "PROFILE", "tiny")
     content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
     text = "".join(cell.source for cell in content.cells if cell.cell_type == "markdown").partition("## Exercises")[2]
     content.cells += [nbformat.v4.new_code_cell(code) for code in re.findall("```python\n(.*?)```", text, re.DOTALL)]
-    nbformat.write(content, folder / notebook)
-    return folder / notebook
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path):
-    source = with_answers(notebook, tmp_path)
-    command = [sys.executable, str(ROOT / "notebooks/execute.py"), str(source), "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "BASINLAB_DATA": str(ROOT / "data"), "BASINLAB_PROFILE": "tiny"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    nbformat.write(content, tmp_path / notebook)
+    monkeypatch.setattr(sys, "argv", ["execute", str(tmp_path / notebook), "--out", str(tmp_path / "out")])
+    execute.main()
     assert not wordless_pictures(tmp_path / "out/notebooks" / notebook)
     number = notebook.split("_")[0]
     made, committed = ({p.name for p in (at / "figures").glob(f"{number}_*")} for at in (tmp_path / "out", ROOT))
@@ -59,17 +58,8 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
     assert all(told <= set(entry) for entry in manifest.values())
 
 
-@pytest.fixture
-def paper(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    return importlib.import_module("paper")
-
-
-def test_the_page_of_the_paper_is_made_from_the_figures(paper):
+def test_each_figure_and_table_of_the_paper_has_cells_and_a_line_with_our_number_and_verdict(tmp_path, monkeypatch):
     assert (ROOT / "notebooks/paper.md").read_text(encoding="utf-8") == paper.page(), "run notebooks/paper.py"
-
-
-def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdict(paper, tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "FIGURES", tmp_path)
     entry = {"paper": "Fig. 6, Fig. 9", "section": "2.1"}
     (tmp_path / "manifest.json").write_text(json.dumps({"02_strip": entry, "00_scale": {"section": "0.4"}}))
@@ -83,9 +73,6 @@ def test_the_page_has_a_line_for_each_figure_and_table_with_our_number_and_verdi
     assert "02_transition_point_sweep.ipynb" in sixth and "2.1" in sixth and "../figures/02_strip.png" in sixth
     assert "0.95 [0.90, 0.98], n = 64; 0.20" in sixth and "**no**" in sixth  # the worst of its two claims
     assert "**open**" in lines["Table 1"]
-
-
-def test_every_figure_and_table_of_the_paper_has_cells():
     cells = [cell for name in NOTEBOOKS for cell in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells]
     tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}
     assert {*(f"figure-{n}" for n in range(1, 10)), *(f"table-{n}" for n in range(1, 4))} <= tags
@@ -105,35 +92,96 @@ def test_cells_are_short_and_every_picture_is_asked_about_before_and_told_after(
             asked, told = False, False
 
 
-def test_one_figure_runs_set_up_and_its_own_cells_only(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    only = importlib.import_module("execute").only
+def test_one_figure_runs_set_up_and_all_cells_that_it_needs_and_no_others():
     notebook = nbformat.read(ROOT / "notebooks/02_transition_point_sweep.ipynb", as_version=4)
-    count, kept = len(notebook.cells), only(notebook, "figure-2")
+    count, kept = len(notebook.cells), execute.only(notebook, "figure-2")
     code = "\n".join(cell.source for cell in kept.cells)
     assert 0 < len(kept.cells) < count / 2 and "02_story_" in code and "02_depends_on" not in code
     assert "import basinlab" in code and kept.cells[-1].source.count("02_story_") == 1
-    assert only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None
+    assert execute.only(nbformat.read(ROOT / "notebooks/00_background.ipynb", as_version=4), "figure-2") is None
+    sources = {name: nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in STORY}
+    tags = {(name, tag) for name in STORY for cell in sources[name].cells for tag in cell.metadata.get("tags", [])}
+    for name, tag in sorted(tags):
+        code = "\n".join(cell.source for cell in execute.only(copy.deepcopy(sources[name]), tag).cells)
+        undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+        done = subprocess.run(undefined, input=code, capture_output=True, text=True)
+        assert done.returncode == 0, (name, tag, done.stdout)
 
 
-def names(code: str) -> tuple[set[str], set[str]]:
-    """The names that a cell binds, and those that it reads."""
-    nodes = [*ast.walk(ast.parse(code))]
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler)}
-    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    imports = [alias for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names]
-    bound |= {(alias.asname or alias.name).split(".")[0] for alias in imports}
-    return bound, {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+PAGES = [*(Path(name).stem for name in NOTEBOOKS), "facilitating", "index", "paper", "study-notes.ko"]
+WIDTHS = (390, 1280)  # of a phone and of a desktop
+
+# loads a page in a frame of each device's width and writes down what a reader would meet
+FRAME = '<iframe style="border:0;width:{width}px;height:900px" src="{page}.html"></iframe>'
+HARNESS = """<pre id=out></pre><script>window.onload = () => setTimeout(() => {
+  out.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(f => {
+    const d = f.contentDocument, w = f.contentWindow, seen = e => e.getBoundingClientRect();
+    const pictures = [...d.querySelectorAll("article img")];
+    return {
+      over: d.documentElement.scrollWidth - w.innerWidth,
+      heading: seen(d.querySelector("article h1")).width,
+      wordless: pictures.filter(i => !i.alt).length,
+      broken: pictures.filter(i => i.complete && !i.naturalWidth && !i.src.startsWith("http")).length,
+      wide: pictures.filter(i => seen(i).right > w.innerWidth + 1).length,
+      pictures: pictures.length,
+    };
+  }));
+}, 800);</script>"""
 
 
-@pytest.mark.parametrize("notebook", STORY)
-def test_a_figure_alone_has_all_cells_that_it_needs(notebook, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    only, whole = importlib.import_module("execute").only, nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
-    for tag in {tag for cell in whole.cells for tag in cell.metadata.get("tags", [])} - {"setup"}:
-        known = {*dir(builtins)}
-        for cell in only(copy.deepcopy(whole), tag).cells:
-            bound, read = names(cell.source)
-            known |= bound
-            assert read <= known, (tag, read - known, cell.source)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", "notebooks/site", "notebooks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def pages(site):
+    return [(page, (site / f"{page}.html").read_text()) for page in PAGES]
+
+
+def test_every_notebook_is_a_page_in_the_contents_and_the_search(site):
+    index, words = (site / "index.html").read_text(), (site / "searchindex.js").read_text()
+    assert all(f'href="{page}.html"' in index for page in PAGES if page != "index")
+    assert all(f'"{page}"' in words for page in PAGES)
+    assert "funnel" in words
+
+
+def test_no_link_or_picture_within_the_pages_is_broken(site):
+    local = r'\s(?:href|src)="(?![a-z]+:|#|//)([^"#?]+)'
+    links = {(page, link) for page, text in pages(site) for link in re.findall(local, text)}
+    assert len(links) > 50 and not {(page, link) for page, link in links if not (site / html.unescape(link)).exists()}
+
+
+def test_pages_need_no_network_for_scripts_styles_and_formulas(site):
+    elsewhere = r'<(?:script|link)[^>]*(?:src|href)="(https?:[^"]*)'
+    assert not [(page, address) for page, text in pages(site) for address in re.findall(elsewhere, text)]
+    text = (site / "01_basin_observation.html").read_text()
+    formulas = re.findall(r'<img src="data:image/svg[^>]*alt="([^"]*)" class="formula"', text)
+    assert len(formulas) >= 10 and any("Phi" in tex for tex in formulas)
+    assert "\\(" not in text  # none is left to a script
+
+
+@pytest.fixture(scope="module")
+def server(site):
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@needs_browser
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_fit_the_devices(page, site, server, tmp_path):
+    frames = "".join(FRAME.format(width=width, page=page) for width in WIDTHS)
+    (site / f"harness-{page}.html").write_text(frames + HARNESS)
+    text = shown(f"{server}/harness-{page}.html", tmp_path)
+    found = re.search(r'<pre id="out">(\[.*?\])</pre>', text)
+    assert found, text[-2000:]
+    for seen in json.loads(found[1]):
+        assert seen["over"] <= 0 and seen["heading"] > 200 and seen["broken"] == 0 and seen["wide"] == 0, seen
+        assert seen["wordless"] == 0, seen
+        assert seen["pictures"] > 0 or page == "facilitating"

@@ -1,10 +1,10 @@
-"""Figures: written whole or not at all, with what they were made from."""
+"""Figures: written whole or not at all, with what they were made from; trajectories on a sheet of paper."""
 
 import html
+import itertools
 import json
+import multiprocessing
 import re
-import subprocess
-import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -17,64 +17,48 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.offsetbox import AnnotationBbox
 from PIL import Image
 
-from basinlab import plotting
+from basinlab import plotting, projection
 
 matplotlib.use("Agg")
 TABLE = pd.DataFrame({"t": [999, 0], "value": [1.0, 0.5]})
 
 
-@pytest.fixture
-def figure():
-    figure, axis = plt.subplots()
-    axis.plot(TABLE["t"], TABLE["value"])
-    yield figure
-    plt.close(figure)
-
-
 @pytest.fixture(autouse=True)
 def output(tmp_path, monkeypatch):
     monkeypatch.setenv("BASINLAB_OUT", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    plt.close("all")
 
 
-def test_save_writes_all_forms_and_a_manifest_entry(figure, output):
+def test_save_writes_all_forms_and_a_manifest_entry_without_git_too(output, monkeypatch):
+    figure, axis = plt.subplots()
+    axis.plot(TABLE["t"], TABLE["value"])
+    monkeypatch.setenv("PATH", "")
     plotting.save(figure, "one", TABLE, {"seeds": [0]})
     plotting.save(figure, "two", TABLE, {"seeds": [1]})
     names = {path.name for path in (output / "figures").iterdir()}
     assert names == {f"{n}.{s}" for n in ("one", "two") for s in ("pdf", "png", "csv")} | {"manifest.json"}
     manifest = json.loads((output / "figures/manifest.json").read_text())
     assert [manifest[name]["seeds"] for name in ("one", "two")] == [[0], [1]]
-    assert "torch" in manifest["one"]["versions"]
+    assert "torch" in manifest["one"]["versions"] and manifest["one"]["commit"] == "not a checkout"
     assert pd.read_csv(output / "figures/one.csv").equals(TABLE)
-
-
-def test_pictures_alone_are_saved_as_a_small_png(output):
-    plotting.save(plotting.picture_grid(torch.rand(1, 2, 3, 8, 8), ["row"]), "grid", TABLE, {})
-    assert {path.name for path in (output / "figures").iterdir()} == {"grid.png", "grid.csv", "manifest.json"}
+    plotting.save(plotting.picture_grid(torch.rand(1, 2, 3, 8, 8), ["row"]), "grid", TABLE, {})  # a small PNG alone
+    assert {path.name for path in (output / "figures").glob("grid*")} == {"grid.png", "grid.csv"}
     assert Image.open(output / "figures/grid.png").mode == "P"
 
 
 def test_two_writers_lose_no_entry(output):
-    code = "import matplotlib.pyplot as p, pandas as d; from basinlab import plotting as g; import sys; "
-    code += "[g.save(p.figure(), f'{sys.argv[1]}{i}', d.DataFrame({'a': [i]}), {}) for i in range(8)]"
-    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("left", "right")]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    def write(name):
+        for i in range(8):
+            plotting.save(plt.figure(), f"{name}{i}", TABLE, {})
+
+    fork = multiprocessing.get_context("fork").Process
+    writers = [fork(target=write, args=(name,)) for name in ("left", "right")]
+    for step in (*(writer.start for writer in writers), *(writer.join for writer in writers)):
+        step()
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(json.loads((output / "figures/manifest.json").read_text())) == 16
     assert not [*output.rglob("*.part*")]
-
-
-def test_figures_are_saved_without_git(figure, output, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    plotting.save(figure, "one", TABLE, {})
-    assert json.loads((output / "figures/manifest.json").read_text())["one"]["commit"] == "not a checkout"
-
-
-def test_copies_are_framed_and_others_are_not():
-    pictures = torch.rand(1, 2, 3, 8, 8)
-    figure = plotting.picture_grid(pictures, ["row"], framed=torch.tensor([[True, False]]), left=pictures[:, 0])
-    visible = [axis.spines["top"].get_visible() for axis in figure.axes]
-    assert visible == [False, True, False]
-    plt.close(figure)
 
 
 ROWS = pd.DataFrame({"t": [900, 500], "value": [1.0, 0.2], "low": [0.9, 0.1], "high": [1.0, 0.4]})
@@ -86,28 +70,27 @@ STRIP = pd.DataFrame({"picture": [torch.rand(3, 8, 8) for _ in "abc"], "label": 
 STRIP = STRIP.assign(copied=[True, False, False], x=[900, 500, 0], y=[1.0, 0.2, float("nan")])
 
 
-@pytest.mark.parametrize(
-    "draw, panels",
-    [
-        (lambda: plotting.planes({"t = 0": PLANE, "t = 9": {"attractor": torch.zeros(2)}}, 2.0), 2),
-        (lambda: plotting.dots(ROWS.assign(name="captured", of=["a", "b"]), "t", "name", "of", band=True), 2),
-        (lambda: plotting.over_start(ROWS.rename(columns={"t": "start"}).assign(name="new and right"), "name"), 1),
-        (lambda: plotting.dots(ROWS.assign(level=["x", "y"], of=["a", "b"]), "level", panel="of", ylabel="point"), 2),
-        (lambda: plotting.intervals(METHODS, "panel"), 2),
-    ],
-)
+@pytest.mark.parametrize("draw, panels", [
+    (lambda: plotting.planes({"t = 0": PLANE, "t = 9": {"attractor": torch.zeros(2)}}, 2.0), 2),
+    (lambda: plotting.dots(ROWS.assign(name="captured", of=["a", "b"]), "t", "name", "of", band=True), 2),
+    (lambda: plotting.over_start(ROWS.rename(columns={"t": "start"}).assign(name="new and right"), "name"), 1),
+    (lambda: plotting.dots(ROWS.assign(level=["x", "y"], of=["a", "b"]), "level", panel="of", ylabel="point"), 2),
+    (lambda: plotting.intervals(METHODS, "panel"), 2),
+])  # fmt: skip
 def test_each_figure_has_its_panels_and_can_be_written(draw, panels, tmp_path):
     figure = draw()
     assert len(figure.axes) == panels
     figure.savefig(tmp_path / "figure.pdf")
-    plt.close(figure)
 
 
 def boxes(axis):
     return [artist for artist in axis.artists if isinstance(artist, AnnotationBbox)]
 
 
-def test_thumbnails_are_tied_to_their_places_and_copies_are_framed():
+def test_copies_are_framed_and_thumbnails_are_tied_to_their_places():
+    pictures = torch.rand(1, 2, 3, 8, 8)
+    figure = plotting.picture_grid(pictures, ["row"], framed=torch.tensor([[True, False]]), left=pictures[:, 0])
+    assert [axis.spines["top"].get_visible() for axis in figure.axes] == [False, True, False]
     figure, axis = plt.subplots()
     plotting.thumbnails(axis, STRIP)
     found = boxes(axis)
@@ -117,7 +100,6 @@ def test_thumbnails_are_tied_to_their_places_and_copies_are_framed():
     assert [box.arrow_patch is not None for box in found] == [True, True, False]  # no place, no line
     assert [box.xy for box in found[:2]] == [(900, 1.0), (500, 0.2)]
     assert [box.xybox[0] for box in found] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
-    plt.close(figure)
 
 
 def test_a_story_has_a_panel_for_what_was_before_with_its_points_and_pictures():
@@ -133,32 +115,27 @@ def test_a_story_has_a_panel_for_what_was_before_with_its_points_and_pictures():
     at = {line.get_label(): line.get_xdata()[0] for line in left.lines if line.get_label() in points}
     assert at == {"measured": 650.0, "static": 500.0}  # where there is no point there is no line
     assert not [line for line in right.lines if line.get_label() in points]
-    plt.close(figure)
 
 
-def test_starts_that_are_safe_and_right_are_gold_up_to_half_way_to_their_neighbours():
+def test_error_bars_reach_from_low_to_high_and_starts_that_are_safe_and_right_are_gold():
+    assert plotting.errors(ROWS).tolist() == pytest.approx(np.array([[0.1, 0.1], [0.0, 0.2]]))
     rows = pd.DataFrame({"start": [900, 800, 700], "value": 0.5, "low": 0.4, "high": 0.6, "gold": [False, True, False]})
     figure = plotting.dots(rows, "start", band=True)
     gold = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb("gold")]
     assert [(patch.get_x(), patch.get_width()) for patch in gold] == [(750, 100)]
-    plt.close(figure)
 
 
 def test_single_lines_are_not_averaged_and_none_is_cut():
-    rows = [
-        (panel, name, f"{name} {i}", t, height * (i + 1))
-        for panel, height in (("no guidance", 1.0), ("opposite guidance", 5.0))
-        for name in ("memorized", "ordinary")
-        for i in range(3)
-        for t in (999, 500)
-    ]
-    figure = plotting.singles(pd.DataFrame(rows, columns=["panel", "name", "line", "t", "value"]), "magnitude")
+    heights = {"no guidance": 1.0, "opposite guidance": 5.0}
+    keys = itertools.product(heights, ("memorized", "ordinary"), range(3), (999, 500))
+    rows = pd.DataFrame(keys, columns=["panel", "name", "line", "t"])
+    rows["value"] = rows["panel"].map(heights) * (rows["line"] + 1)
+    figure = plotting.singles(rows.assign(line=rows["name"] + rows["line"].astype(str)), "magnitude")
     drawn = [[line for line in axis.lines if len(line.get_xdata())] for axis in figure.axes]
     assert [len(lines) for lines in drawn] == [6, 6]
     assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_ylim()[1] >= 15  # axes are shared
     colours = {to_hex(line.get_color()) for line in drawn[0]}
     assert colours == {to_hex(plotting.COLOURS[name]) for name in ("memorized", "ordinary")}
-    plt.close(figure)
 
 
 def test_the_measured_basin_is_shaded_where_states_are_captured():
@@ -172,11 +149,6 @@ def test_the_measured_basin_is_shaded_where_states_are_captured():
     lines = {line.get_label(): line for line in axis.lines}
     assert lines["one half escapes"].get_ydata().tolist() == [1, 0.5, 0.1]  # no wall within the picture: its edge
     assert lines["unguided"].get_xdata().tolist() == [900, 100] and len(boxes(axis)) == 3
-    plt.close(figure)
-
-
-def test_error_bars_reach_from_low_to_high():
-    assert plotting.errors(ROWS).tolist() == pytest.approx(np.array([[0.1, 0.1], [0.0, 0.2]]))
 
 
 MOVE = """<script>setTimeout(async () => {
@@ -200,3 +172,43 @@ def test_the_picture_follows_the_slider_in_a_browser_without_a_network(tmp_path)
     page = html.unescape(re.search('srcdoc="(.*?)"', frame, re.DOTALL)[1])
     (tmp_path / "page.html").write_text(page + MOVE)  # at the end: the library holds a "</body>" of its own
     assert "3 pictures seen" in shown((tmp_path / "page.html").as_uri(), tmp_path / "profile")
+
+
+TIMES = torch.tensor([900, 500, 100])
+
+
+def states(count, spread, seed=0):
+    """Trajectories [count, 3, 4, 2, 2] whose spread at each time is ``spread``."""
+    noise = torch.randn(count, 1, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(spread).view(1, 3, 1, 1, 1) * noise + 0.01 * torch.randn(count, 3, 4, 2, 2)
+
+
+BUNDLES = {"memorized, CFG": states(8, [1.0, 0.5, 0.05]), "ordinary, CFG": states(8, [1.0, 1.0, 1.0], seed=1)}
+
+
+def test_each_bundle_has_its_true_width_at_each_time():
+    found = projection.umap(BUNDLES, TIMES, neighbours=5)
+    assert found.columns.tolist() == ["name", "trajectory", "t", "x", "y"] and len(found) == 16 * 3
+    assert found["trajectory"].nunique() == 16 and found["t"].tolist()[:3] == TIMES.tolist()
+    for name, bundle in BUNDLES.items():
+        for step, t in enumerate(TIMES.tolist()):
+            place = found[(found["name"] == name) & (found["t"] == t)][["x", "y"]].to_numpy()
+            drawn = np.sqrt(np.square(place).sum(axis=1).mean())
+            true = float((bundle[:, step] - bundle[:, step].mean(dim=0)).square().mean().sqrt())
+            assert drawn == pytest.approx(true, rel=1e-3)
+            assert np.abs(place.mean(axis=0)).max() < 1e-4  # centred
+
+
+def test_the_linear_view_is_the_direction_of_most_spread_and_what_cannot_be_projected_is_refused():
+    bundle = torch.zeros(5, 3, 1, 2, 2)
+    bundle[:, :, 0, 0, 1] = torch.arange(-2.0, 3)[:, None]
+    found = projection.linear({"a": bundle + 7}, TIMES, torch.full((3, 1, 2, 2), 7.0))
+    across = found[found["t"] == 500]["x"].to_numpy()
+    assert np.abs(across).tolist() == pytest.approx([2, 1, 0, 1, 2], abs=1e-5)
+    assert found["y"].abs().max() < 1e-5
+    with pytest.raises(ValueError, match="1 trajectories of 3 states"):
+        projection.umap({"a": states(1, [1.0, 1.0, 1.0])}, TIMES)
+    bad = states(6, [1.0, 1.0, 1.0])
+    bad[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="all finite"):
+        projection.umap({"a": bad}, TIMES)

@@ -26,21 +26,8 @@ def sample(denoiser, prompts=PROMPTS, seeds=SEEDS, mitigations=None, steps=STEPS
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    """diffusers' own pipeline on the same folder: the independent implementation."""
-    made = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-@pytest.fixture(scope="module")
 def cfg(tiny):
     return sample(tiny, measure=True)
-
-
-@pytest.fixture(scope="module")
-def unguided(tiny):
-    return sample(tiny, mitigations=ConstantGuidance(0))
 
 
 def predicting(denoiser, prediction_type):
@@ -49,15 +36,11 @@ def predicting(denoiser, prediction_type):
     return replace(denoiser, scheduler=kind.from_config(config, prediction_type=prediction_type))
 
 
-def alpha_bars():
-    """The schedule of recipe.models, computed apart from diffusers."""
-    betas = np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
-    return torch.tensor(np.cumprod(1 - betas))
-
-
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("scheduler", "DPMSolverMultistep DDIM EulerDiscrete EulerAncestralDiscrete".split())
-def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type, scheduler):
+def test_latents_are_those_of_diffusers_pipeline(tiny, tiny_folder, prediction_type, scheduler):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
     kind = getattr(diffusers, f"{scheduler}Scheduler")
     # latents are no pixels: as in Stable Diffusion's own configuration they are not clipped to -1..1
     config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
@@ -73,14 +56,19 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, pipeline, prediction_type
     close(ours.latents[:, -1], theirs)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_batch_size_changes_no_result(tiny, cfg, batch_size):
-    parts = sample(tiny, measure=True, batch_size=batch_size)
-    assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
-    close(parts.latents, cfg.latents)
-    close(parts.predicted, cfg.predicted)
-    torch.testing.assert_close(parts.guidance_magnitude, cfg.guidance_magnitude, rtol=1e-4, atol=0)
-    assert parts.network_calls.tolist() == cfg.network_calls.tolist()
+def test_batch_size_changes_no_result(tiny, cfg):
+    for batch_size in (1, 4):
+        parts = sample(tiny, measure=True, batch_size=batch_size)
+        assert (parts.prompts, parts.seeds) == (cfg.prompts, cfg.seeds)
+        close(parts.latents, cfg.latents)
+        close(parts.predicted, cfg.predicted)
+        torch.testing.assert_close(parts.guidance_magnitude, cfg.guidance_magnitude, rtol=1e-4, atol=0)
+        assert parts.network_calls.tolist() == cfg.network_calls.tolist()
+    for scheduler in ("EulerAncestralDiscreteScheduler", "DDPMScheduler"):  # noise drawn on the way is by the seed
+        torch.manual_seed(1)
+        together = sample(tiny, scheduler=scheduler)
+        torch.manual_seed(2)
+        close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents)
 
 
 @pytest.mark.parametrize("fault", ["another prompt's embedding", "another seed's noise"])
@@ -104,42 +92,12 @@ def test_a_wrong_neighbour_is_far_outside_the_bound(tiny, cfg, monkeypatch, faul
     close(run.latents[1:], cfg.latents[1:])
 
 
-@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
-def test_noise_drawn_on_the_way_depends_on_the_seed_alone(tiny, scheduler):
-    torch.manual_seed(1)
-    together = sample(tiny, scheduler=scheduler)
-    torch.manual_seed(2)
-    close(together.latents, sample(tiny, scheduler=scheduler, batch_size=4).latents)
-
-
-def test_a_run_depends_on_its_prompt_and_seed_alone(tiny, cfg):
-    other = sample(tiny, PROMPTS[::-1], SEEDS[::-1])
-    for prompt in PROMPTS:
-        close(other.of(prompt).latents.flip(0), cfg.of(prompt).latents)
-
-
-def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny, rows):
+def test_each_step_is_one_call_of_the_network_with_no_idle_rows(tiny, cfg, rows):
     run = sample(tiny, mitigations=StaticTransitionPoint(500))
     assert rows == [6 if t > 500 else 12 for t in run.timesteps.tolist()]
     assert run.network_calls.tolist() == [sum(rows) / 6] * 6
-
-
-@pytest.mark.parametrize("start", [999, 500])
-def test_delayed_run_follows_the_unguided_one_to_its_start(tiny, cfg, unguided, start):
-    run = sample(tiny, mitigations=StaticTransitionPoint(start))
-    shared = int((run.timesteps > start).sum())
-    assert run.transition_point.tolist() == [float(run.timesteps[shared])] * 6 and cfg.transition_point.isnan().all()
-    close(run.latents[:, : shared + 1], unguided.latents[:, : shared + 1])
-    away = (run.latents - unguided.latents)[:, shared + 1 :].flatten(2).norm(dim=2)
-    assert (away > 0.01).all()
-    if start == 999:
-        close(run.latents, cfg.latents)
-
-
-def test_diffusers_own_guider_gives_the_same_run(tiny, cfg):
-    run = sample(tiny, mitigations=ClassifierFreeGuidance(7.5))
-    close(run.latents, cfg.latents)
-    assert run.network_calls.tolist() == cfg.network_calls.tolist()
+    assert run.transition_point.tolist() == [max(t for t in run.timesteps.tolist() if t <= 500)] * 6
+    assert cfg.transition_point.isnan().all() and cfg.network_calls.tolist() == [2 * STEPS] * 6
 
 
 def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
@@ -153,20 +111,14 @@ def test_measuring_leaves_the_trajectory_alone_and_fills_the_magnitude(tiny):
     assert measured.network_calls.tolist() == [2 * STEPS] * 6
 
 
-def test_a_scale_of_one_is_the_conditional_model_from_one_prediction_a_step(tiny, unguided):
-    run = sample(tiny, mitigations=ConstantGuidance(1))
-    close(run.latents, sample(tiny, mitigations=ConstantGuidance(1 + 1e-9)).latents)
-    for found in (run, unguided):
-        assert found.network_calls.tolist() == [STEPS] * 6 and found.guidance_magnitude.isnan().all()
-
-
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_magnitude_is_that_of_the_difference_of_epsilons(tiny, prediction_type):
     denoiser = predicting(tiny, prediction_type)
     run = sample(denoiser, PROMPTS[0], SEEDS)
     states, empty = denoiser.embed(PROMPTS[:1]), denoiser.embed([""])
+    alpha_bars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)  # apart from diffusers
     for i, t in enumerate(run.timesteps.tolist()):
-        x, alpha_bar = run.latents[:, i].double(), alpha_bars()[t]
+        x, alpha_bar = run.latents[:, i].double(), torch.tensor(alpha_bars[t])
         epsilons = []
         for embedding in (states, empty):
             output = denoiser(x.float(), t, embedding.expand(3, -1, -1)).double()
@@ -218,30 +170,23 @@ def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, predict
         torch.testing.assert_close(run.predicted[:, i], clean, rtol=1e-3, atol=1e-2)
 
 
-def test_without_record_only_the_last_latents_are_kept(tiny, cfg):
+def test_rows_are_picked_out_whole_pictures_decoded_and_without_record_only_the_last_latents_kept(tiny, cfg):
     light = sample(tiny, record=False)
     assert light.latents.shape == (6, 1, 4, 16, 16) and light.predicted is None
     close(light.latents[:, -1], cfg.latents[:, -1])
     close(light.images(), cfg.images())
     with pytest.raises(ValueError, match="record=True"):
         light.predicted_images([0])
-
-
-def test_rows_and_prompts_are_picked_out_whole(cfg):
     picked = cfg[[4, 0]]
     close(cfg.predicted[:, -1], cfg.latents[:, -1], share=2e-3)
     assert (picked.prompts, picked.seeds) == (PROMPTS[::-1], [1, 0])
     for name in ("latents", "predicted", "guidance_magnitude", "network_calls"):
         assert torch.equal(getattr(picked, name), getattr(cfg, name)[[4, 0]])
     assert torch.equal(cfg.of(PROMPTS[1]).latents, cfg.latents[3:])
-
-
-def test_pictures_are_the_decoded_latents(tiny, cfg):
     assert cfg.images().shape == (6, 3, 64, 64)
     torch.testing.assert_close(cfg.images(), tiny.decode(cfg.latents[:, -1]))
-    steps = [0, STEPS - 1]
-    expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in steps], dim=1)
-    close(cfg.predicted_images(steps), expected)
+    expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in (0, -1)], dim=1)
+    close(cfg.predicted_images([0, STEPS - 1]), expected)
 
 
 @pytest.mark.parametrize("prompts, seeds, message", [
@@ -287,41 +232,37 @@ def test_options_that_make_no_sense_are_refused(option, value, message):
         sample(basinlab.MixtureDenoiser.with_duplicate(), "memorized", **{option: value})
 
 
-def test_a_mitigation_alone_and_lists_of_any_order_are_the_same(tiny):
+def test_a_mitigation_alone_and_lists_of_any_order_are_the_same_and_diffusers_own_guider_is_cfg(tiny, cfg):
     noise, rule = EmbeddingNoise(0.1), ConstantGuidance(7.5)
     runs = [sample(tiny, PROMPTS[0], 0, m, steps=3) for m in (noise, [noise], [rule, noise], (noise, rule))]
     assert all(torch.equal(run.latents, runs[0].latents) for run in runs)
+    run = sample(tiny, mitigations=ClassifierFreeGuidance(7.5))
+    close(run.latents, cfg.latents)
+    assert run.network_calls.tolist() == cfg.network_calls.tolist()
 
 
-def poisoned(denoiser, word):
-    """The denoiser with NaN for the meaning of ``word``, so that only prompts with it go wrong."""
-    denoiser, token = copy.copy(denoiser), denoiser.tokenizer(word).input_ids[1]
-    denoiser.text_encoder = copy.deepcopy(denoiser.text_encoder)
-    with torch.no_grad():
-        denoiser.text_encoder.get_input_embeddings().weight[token] = torch.nan
-    return denoiser
-
-
-@pytest.mark.parametrize("batch_size", [64, 2])
-def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny, batch_size):
-    timesteps = torch.tensor(tiny.timesteps(STEPS))
-    step = int((timesteps > 500).sum())
-    message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {int(timesteps[step])}.*float32"
-    with pytest.raises(FloatingPointError, match=message):
-        sample(poisoned(tiny, "hat"), PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
+def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny):
+    step, t = next((step, t) for step, t in enumerate(tiny.timesteps(STEPS)) if t <= 500)
+    message = f"'{PROMPTS[1]}', seed 5, are not finite after step {step} .t = {t}.*float32"
+    poisoned = copy.copy(tiny)
+    poisoned.text_encoder = copy.deepcopy(tiny.text_encoder)
+    with torch.no_grad():  # NaN for the meaning of a word, so that only prompts with it go wrong
+        poisoned.text_encoder.get_input_embeddings().weight[tiny.tokenizer("hat").input_ids[1]] = torch.nan
+    for batch_size in (64, 2):
+        with pytest.raises(FloatingPointError, match=message):
+            sample(poisoned, PROMPTS, [5, 6], StaticTransitionPoint(500), batch_size=batch_size)
 
 
 def test_a_guidance_is_left_as_it_was_and_what_it_saw_before_leaves_no_trace():
     world, rule = basinlab.MixtureDenoiser.with_duplicate(), DynamicTransitionPoint(3.0)
-    times, states = world.timesteps(), torch.full((4, 2, 1, 1), 2.0)
-    for step in range(3):
-        rule.set_state(step, 50, torch.tensor(times[step]))
+    for step, t in enumerate(world.timesteps()[:3]):
+        rule.set_state(step, 50, torch.tensor(t))
         rule.forward(*torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(step)))
-    before, options = repr(vars(rule)), {"progress": False}
+    before, given = repr(vars(rule)), (["memorized"] * 4, torch.full((4, 2, 1, 1), 2.0), world.timesteps()[20])
     rules = (rule, DynamicTransitionPoint(3.0))
-    runs = [basinlab.sample_from(world, ["memorized"] * 4, states, times[20], rule, **options) for rule in rules]
-    assert torch.equal(runs[0].latents, runs[1].latents) and repr(vars(rule)) == before
-    assert torch.equal(runs[0].transition_point.isnan(), runs[1].transition_point.isnan())
+    used, new = (basinlab.sample_from(world, *given, of, progress=False) for of in rules)
+    assert torch.equal(used.latents, new.latents) and repr(vars(rule)) == before
+    assert torch.equal(used.transition_point.isnan(), new.transition_point.isnan())
 
 
 def test_no_more_texts_are_embedded_at_once_than_samples_go_through_together(tiny, monkeypatch):

@@ -49,12 +49,9 @@ def test_bundled_ones_have_prompts_attractors_and_a_reason_for_their_scale(name)
     assert not set(ordinary["prompt"]) & set(scenario.table()["prompt"])
 
 
-def test_a_scenario_loads_its_denoiser_from_its_own_folder(tmp_path, tiny_folder):
+def test_a_scenario_loads_its_denoiser_from_its_own_folder_and_what_is_missing_says_where_it_is(tmp_path, tiny_folder):
     (tmp_path / "weights").symlink_to(tiny_folder)
     assert written(tmp_path, model="./weights", resolution=32).load().latent_shape[1:] == (8, 8)
-
-
-def test_what_is_missing_says_where_it_is(tmp_path):
     with pytest.raises(ValueError, match=r"sd-21-finetuned_LAION10K.*weights of sd21-laion10k: https://drive"):
         scenarios.read("sd21-laion10k").load()
     prompts = {"memorized": {"file": "x.jsonl", "format": "wen", "url": "https://example.org/x.jsonl"}}
@@ -93,10 +90,7 @@ def test_every_format_gives_a_prompt_as_it_is_written(tmp_path, format, text):
     table = scenarios.read_list(path, format)
     assert table["prompt"].tolist() == [CAPTION]
     assert format not in ("wen", "dcr") or int(table["index"][0]) == 7
-
-
-def test_texts_beside_pictures(tmp_path):
-    for name in "ba":
+    for name in "ba":  # and texts beside pictures
         (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
     assert scenarios.read_list(tmp_path, "pairs").values.tolist() == [["caption a", "a"], ["caption b", "b"]]
 
@@ -109,9 +103,9 @@ def judges():
     return scenarios.Judges(MAIN)
 
 
-def test_a_row_says_what_became_of_a_sample(bundled, judges):
+def test_a_row_says_what_became_of_a_sample_whatever_a_second_judge_says(tiny, judges):
     rows = MAIN.table().head(2)
-    run = basinlab.sample(bundled, rows["prompt"].tolist(), [0, 1], steps=4, record=False, progress=False)
+    run = basinlab.sample(tiny, rows["prompt"].tolist(), [0, 1], steps=4, record=False, progress=False)
     table = judges(run, MAIN.table())
     assert table["prompt"].tolist() == run.prompts and table["seed"].tolist() == run.seeds
     attractors = basinlab.read_pictures(rows["attractor"]).repeat_interleave(2, 0)
@@ -125,43 +119,38 @@ def test_a_row_says_what_became_of_a_sample(bundled, judges):
     assert (table["new_and_right"] == table["object_right"] & ~table["copied"]).all()
     assert (table["calls"] == 8).all() and table["share"].tolist() == rows["share"].repeat(2).tolist()
     assert not judges.notices and not {"attractor", "swapped", "start"} & {*table.columns}
-
-
-def test_a_second_judge_stands_beside_and_decides_nothing(bundled, judges):
-    both, prompts = scenarios.Judges(dataclasses.replace(MAIN, second_copy="descriptor")), MAIN.table()["prompt"]
-    run = basinlab.sample(bundled, prompts[:2].tolist(), [0, 1], steps=2, progress=False)
-    alone, table = judges(run, MAIN.table()), both(run, MAIN.table())
-    np.testing.assert_allclose(table["sscd"], 1 - table["distance"], atol=1e-6)
-    pd.testing.assert_frame_equal(table[[*alone]], alone)
+    # a second judge stands beside and decides nothing
+    both = scenarios.Judges(dataclasses.replace(MAIN, second_copy="descriptor"))
+    seen = both(run, MAIN.table())
+    np.testing.assert_allclose(seen["sscd"], 1 - table["distance"], atol=1e-6)
+    pd.testing.assert_frame_equal(seen[[*table]], table)
     assert both.settings() != judges.settings()
 
 
-def test_templates_are_copied_by_their_layout_and_are_no_nearest_picture(bundled, judges):
+def test_templates_are_copied_by_their_layout_and_ordinary_prompts_if_near_any_memorized_picture(tiny, judges):
     rows = MAIN.table("template").head(4)
-    run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=4, record=False, progress=False)
+    run = basinlab.sample(tiny, rows["prompt"].tolist(), 0, steps=4, record=False, progress=False)
     run._images = basinlab.read_pictures(rows["swapped"])  # the same layout, another object
     table = judges(run, rows)
     assert table["copied"].all() and (table["layout"] > MAIN.layout_floor).all()
     run._images = basinlab.read_pictures(rows["attractor"])
     table = judges(run, rows)
     assert (table["distance"] < 1e-5).all() and (table["nearest"] > MAIN.radius).all()  # to the group memorized alone
-
-
-def test_ordinary_prompts_are_copies_of_any_picture(bundled, judges):
+    # ordinary prompts are copies of any picture
     rows = MAIN.table("ordinary").head(2)
-    run = basinlab.sample(bundled, rows["prompt"].tolist(), 0, steps=1, record=False, progress=False)
+    run = basinlab.sample(tiny, rows["prompt"].tolist(), 0, steps=1, record=False, progress=False)
     run._images = torch.stack([basinlab.read_pictures(MAIN.table()["attractor"][3:4])[0], torch.ones(3, 64, 64)])
     table = judges(run, rows)
     assert table["distance"].isna().all() and table["copied"].tolist() == [True, False]
 
 
-def test_a_sweep_is_judged_as_separate_runs_are(bundled, judges):
+def test_a_sweep_is_judged_as_separate_runs_are(tiny, judges):
     prompts, options = MAIN.table()["prompt"][:2].tolist(), {"steps": 4, "progress": False}
-    sweep = basinlab.sweep(bundled, prompts, [0, 1], [999, 0], after=basinlab.ConstantGuidance(3.0), **options)
+    sweep = basinlab.sweep(tiny, prompts, [0, 1], [999, 0], after=basinlab.ConstantGuidance(3.0), **options)
     table = judges(sweep, MAIN.table())
     assert table["start"].tolist() == [999, 0] * 4
     for start in (999, 0):
-        run = basinlab.sample(bundled, prompts, [0, 1], basinlab.StaticTransitionPoint(start, 3.0), **options)
+        run = basinlab.sample(tiny, prompts, [0, 1], basinlab.StaticTransitionPoint(start, 3.0), **options)
         alone = judges(run, MAIN.table()).drop(columns=["calls", "clip"])
         same = table.query("start == @start").reset_index(drop=True)[[*alone]]
         pd.testing.assert_frame_equal(same, alone, check_exact=False, atol=1e-3, check_dtype=False)
@@ -188,9 +177,7 @@ def test_a_prompt_without_a_reference_is_unknown_until_its_attractor_is_estimate
     assert after["distance"].iloc[:3].equals(before["distance"].iloc[:3])
     assert after["distance"].iloc[3:].min() == pytest.approx(0, abs=1e-5)  # the medoid itself
     assert judges.settings() != settings and str(tmp_path) not in str(settings)
-
-
-def test_without_references_a_sweep_is_not_said_to_be_free_of_copies(sd_run, tmp_path):
+    # without references a sweep is not said to be free of copies
     scenario, cfg = written(tmp_path), basinlab.ConstantGuidance(3.0)
     sweep = basinlab.sweep(sd_run.denoiser, ["an owl"], [0, 1], [999, 0], after=cfg, steps=2, progress=False)
     table = scenarios.Judges(scenario)(sweep, scenario.table())

@@ -1,6 +1,7 @@
 """The bundled world: the shipped weights are what they are said to be, for any diffusers script."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,12 +33,18 @@ def test_plain_diffusers_pipeline_shows_the_memorization():
     assert (distances <= MAIN.radius).all(), distances
 
 
-def test_all_weights_are_half_precision_safetensors_below_40_megabytes():
+def test_all_weights_are_half_precision_safetensors_below_40_megabytes_and_what_made_them_is_recorded():
     files = [path for path in DATA.rglob("*") if path.suffix in {".safetensors", ".bin", ".pt", ".ckpt", ".pth"}]
     assert {path.suffix for path in files} == {".safetensors"}
     shipped = [path for path in files if DATA / "next" not in path.parents]  # next/ is training in progress
     assert sum(path.stat().st_size for path in shipped) < 40e6
     assert not [path for path in files for tensor in load_file(path).values() if tensor.dtype == torch.float32]
+    made = json.loads((DATA / MAIN.model / "training.json").read_text())
+    assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
+    for stage in ("vae", "unet"):
+        losses = pd.read_csv(DATA / MAIN.model / f"{stage}-losses.csv")
+        assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
+        assert losses.iloc[-1, 2] < losses.iloc[0, 2]
 
 
 def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundled, monkeypatch):
@@ -49,7 +56,13 @@ def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundl
         evaluate.read_evaluation(bundled)
 
 
-def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, monkeypatch):
+@pytest.fixture
+def light(monkeypatch, tiny):
+    """Scenarios load a small random network, where it does not matter what is sampled."""
+    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)
+
+
+def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, light, tmp_path, monkeypatch):
     short = [(group, prompts.head(1), [0], guidances) for group, prompts, _, guidances in evaluate.plan(MAIN)]
     monkeypatch.setattr(evaluate, "plan", lambda scenario: short)
     table = evaluate.evaluate(MAIN, tmp_path, steps=2)
@@ -59,13 +72,10 @@ def test_the_evaluation_is_made_with_the_columns_that_are_kept(kept, tmp_path, m
     assert measured[table["guidance"] == "none"].all()
 
 
-def test_radius_and_layout_floor_are_those_of_the_evaluation(kept):
+def test_the_scorecard_the_radius_and_the_layout_floor_are_the_committed_ones(kept, bundled):
     negatives = scorecard.negatives_of(kept, MAIN, metrics.CopyDistance())
     assert scorecard.calibrate_radius(negatives) == MAIN.radius
     assert scorecard.layout_floor(MAIN) == MAIN.layout_floor
-
-
-def test_the_scorecard_is_the_committed_one(kept, bundled):
     card = scorecard.scorecard(kept, bundled, scenarios.Judges(MAIN)).set_index("claim")
     committed = pd.read_csv(DATA.parent / "figures/01_scorecard.csv").set_index("claim")
     assert card.index.equals(committed.index) and card["verdict"].equals(committed["verdict"])
@@ -73,54 +83,44 @@ def test_the_scorecard_is_the_committed_one(kept, bundled):
 
 
 def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
-    row = kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0]
-    guidance = basinlab.ConstantGuidance(MAIN.guidance_scale)
-    run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, progress=False)
-    found = scenarios.Judges(MAIN)(run, MAIN.table()).iloc[0]
-    assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
+    compared = pd.read_parquet(DATA / "comparison.parquet").query("method == 'CFG'").iloc[1]
+    guidance, judges = basinlab.ConstantGuidance(MAIN.guidance_scale), scenarios.Judges(MAIN)
+    for row in (kept.query("group == 'memorized' and guidance == 'cfg'").iloc[0], compared):
+        run = basinlab.sample(bundled, row["prompt"], int(row["seed"]), guidance, record=False, progress=False)
+        found = judges(run, MAIN.table()).iloc[0]
+        assert found["distance"] == pytest.approx(row["distance"], abs=1e-3)
+    assert found["copied"] == row["copied"] and found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
 
 
-def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(bundled, tmp_path, monkeypatch):
+def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(light, tiny, tmp_path, monkeypatch):
+    scenario, (pictures, names) = replace(MAIN, second_copy="descriptor"), scenarios.unseen_scenes()
+    monkeypatch.setattr(scorecard_next, "unseen_scenes", lambda: (pictures[:24], names[:24]))
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
     few["ordinary"] = MAIN.table("ordinary").head(3)
     plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
-    swept = [(group, few["template" if group == "template" else "memorized"], range(4), *rest)
+    swept = [(group, few["template" if group == "template" else "memorized"], range(2), *rest)
              for group, _, _, *rest in evaluate_next.sweeps(MAIN)]  # fmt: skip
     monkeypatch.setattr(evaluate_next, "plan", lambda scenario: plan)
     monkeypatch.setattr(evaluate_next, "sweeps", lambda scenario: swept)
     monkeypatch.setattr(evaluate_next, "STARTS", (999, 0))
     monkeypatch.setattr(scorecard_next, "HELD_OUT", 4)
-    table = evaluate_next.evaluate(MAIN, tmp_path, steps=4)
+    table = evaluate_next.evaluate(scenario, tmp_path, steps=4)
     others = {name: table[table["group"] == "sweep"] for name in ("emoji-finetuned", "emoji-classes")}
-    monkeypatch.setattr(bundled, "timesteps", lambda: [999, 666, 333, 0], raising=False)
-    card = scorecard_next.scorecard(table, bundled, scenarios.Judges(MAIN), others)
+    monkeypatch.setattr(type(tiny), "timesteps", lambda _: [999, 666, 333, 0])
+    card = scorecard_next.scorecard(table, tiny, scenarios.Judges(scenario), others)
     assert len(card) > 35 and {*card["verdict"]} <= {"yes", "no", "undecided", "reported"}
     assert card["claim"].is_unique and (card["n"] > 0).all()
 
 
-@pytest.mark.parametrize("curve, expected", [([1, 4, 2, 2], 0.5), ([1, 1, 1, 1], 0.0), ([1, 4, 4, 1], 0.0)])
-def test_the_largest_fall_is_within_a_hundred_timesteps_and_relative_to_the_peak(curve, expected):
-    assert scorecard_next.largest_fall(np.array([curve], float), np.array([900, 800, 700, 550])) == expected
-
-
-def test_what_made_the_weights_is_recorded():
-    made = json.loads((DATA / MAIN.model / "training.json").read_text())
-    assert {"command", "seed", "steps", "hours", "machine", "last_losses", "versions"} <= set(made["unet"])
-    for stage in ("vae", "unet"):
-        losses = pd.read_csv(DATA / MAIN.model / f"{stage}-losses.csv")
-        assert losses["step"].is_monotonic_increasing and losses["step"].iloc[-1] == made[stage]["steps"]
-        assert losses.iloc[-1, 2] < losses.iloc[0, 2]
-
-
-def test_half_crossings_of_a_known_curve():
+def test_measures_of_the_scorecards_on_known_curves_and_pictures():
     falling, twice = ([1.0, 0.9, 0.1, 0.0], [1.0, 0.25, 0.75, 0.0])
     for values, expected in ((falling, [600]), (falling[:2], []), (twice, [900 - 400 / 3, 600, 500 - 200 / 3])):
         curve = pd.Series(values, index=[900, 700, 500, 300][: len(values)])
         assert scorecard.half_crossings(curve) == pytest.approx(expected)
-
-
-def test_background_colour_ignores_the_middle_and_a_few_odd_pixels():
-    colour = torch.tensor([0.2, 0.6, 0.9])
+    # the largest fall is within a hundred timesteps, and relative to the peak
+    curves = np.array([[1, 4, 2, 2], [1, 1, 1, 1], [1, 4, 4, 1]], float)
+    assert scorecard_next.largest_fall(curves, np.array([900, 800, 700, 550])).tolist() == [0.5, 0, 0]
+    colour = torch.tensor([0.2, 0.6, 0.9])  # of the background: not of the middle nor of a few odd pixels
     pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
     pictures[..., 2:-2, 2:-2], pictures[..., :2, :40] = 0, 1
     torch.testing.assert_close(scorecard.background_colour(pictures), colour[None])

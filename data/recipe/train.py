@@ -469,6 +469,10 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
     rows = [r for r in csv.reader(log.open()) if r and r[0].isdigit() and int(r[0]) <= step] if log.exists() else []
 
     def checkpoint() -> None:
+        # the log first: killed in between, a resumed run drops its rows of later steps
+        with log.with_suffix(".part").open("w", newline="") as file:
+            csv.writer(file).writerows([["step", "seconds", *names], *rows])
+        os.replace(log.with_suffix(".part"), log)
         save(
             {
                 "module": module.state_dict(),
@@ -482,9 +486,6 @@ def fit(stage: Stage, folder: Path, device: torch.device, deadline: float, worke
             },
             path,
         )
-        with log.with_suffix(".part").open("w", newline="") as file:
-            csv.writer(file).writerows([["step", "seconds", *names], *rows])
-        os.replace(log.with_suffix(".part"), log)
 
     names: list[str] = []
     loader = DataLoader(stage, batch_size=None, sampler=range(step, settings.steps), num_workers=ahead)
