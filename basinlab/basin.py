@@ -60,22 +60,20 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
     return pd.concat(tables, ignore_index=True)
 
 
-def aligned_magnitude(
-    magnitudes: Tensor, timesteps: Tensor, points: pd.DataFrame, reference: Tensor, by: str = "share", width: int = 40
-) -> pd.DataFrame:
+def aligned_magnitude(magnitudes, timesteps, points, reference: Tensor, by="share", width=40) -> pd.DataFrame:
     """Guidance magnitude [B, S] as a multiple of the mean of ``reference`` [N, S] at the same t, around each point.
 
     ``points`` has a row a sample: point (NaN: left out) and ``by``. A mean over samples that leave at unequal times
     hides the fall that each shows; here time is counted from each one's own point. Columns ``by``, after (timesteps
-    since the point, in bins of ``width``), value (median), low, high (95% bootstrap), n.
+    since the point, in bins of ``width``), value (median of samples), low, high (95% bootstrap over them), n.
     """
     ratio = (magnitudes / reference.mean(dim=0)).numpy().ravel()
     after = np.floor((points["point"].to_numpy()[:, None] - timesteps.numpy()) / width + 0.5).ravel() * width
-    levels = np.repeat(points[by].to_numpy(), len(timesteps))
-    table = pd.DataFrame({by: levels, "after": after, "ratio": ratio}).query("abs(after) <= 6 * @width")
-    bins = table.groupby([by, "after"])["ratio"]
+    levels, samples = (np.repeat(x, len(timesteps)) for x in (points[by].to_numpy(), range(len(points))))
+    table, keys = pd.DataFrame({by: levels, "after": after, "sample": samples, "ratio": ratio}), [by, "after"]
+    bins = table.query("abs(after) <= 6 * @width").groupby([*keys, "sample"])["ratio"].mean().groupby(keys)
     rows = [(*key, r.median(), *bootstrap_interval(r, np.median, 500), len(r)) for key, r in bins if len(r) > 2]
-    return pd.DataFrame(rows, columns=[by, "after", "value", "low", "high", "n"])
+    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n"])
 
 
 def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
@@ -88,8 +86,10 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     The flip is put where the fewest disagree, of several such places at the earliest.
     """
     table = table.dropna(subset=of)
-    wide = table.pivot(index=["prompt", "seed"], columns="start", values=of).astype(bool)
-    wide = wide.reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
+    wide = table.pivot(index=["prompt", "seed"], columns="start", values=of)
+    if wide.isna().any(axis=None):
+        raise ValueError("some samples lack some of the starts: no flip can be found")
+    wide = wide.astype(bool).reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
     wide = wide[sorted(wide.columns, reverse=True)]
     starts = wide.columns.tolist()
     flips = np.tri(len(starts) + 1, len(starts), -1, dtype=bool)  # row m: captured at the first m starts, then free
@@ -103,7 +103,7 @@ def transition_points_by_bisection(
 ) -> pd.DataFrame:
     """`transition_points` without the whole sweep: one flip of each sample is found by `forks.bisect`.
 
-    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; options and columns are those of halving.
+    ``attractors`` are [B, 3, height, width], one a sample, prompt-major; ``options`` and columns are `forks.bisect`'s.
     """
     weights = getattr(distance, "weights", type(distance).__name__)
     options["judged_by"] = f"{weights}, {radius!r}, {digest(attractors) if options.get('folder') else ''}"

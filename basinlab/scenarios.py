@@ -193,7 +193,7 @@ class Judges:
             table["clip_score"] = (clip * self.alignment.text_features(table["prompt"])).sum(dim=1)
             if "object" in table:
                 table["object_right"] = table["object"] == self.alignment.classify(clip, self.objects)
-                table["new_and_right"] = table["object_right"] & ~table["copied"]
+                table["new_and_right"] = (table["object_right"] & ~table["copied"]).mask(table["copied"].isna())
         return table.drop(columns=["attractor", "swapped"], errors="ignore")
 
     def _copies(self, table: pd.DataFrame, pictures: Tensor) -> None:

@@ -100,6 +100,8 @@ def test_transition_points_are_where_the_outcome_flips_and_medians_count_all():
     np.testing.assert_array_equal(points["point"], [600, np.nan, np.nan, 800])
     assert points["monotone"].all()
     # outcomes that come back are reported
+    with pytest.raises(ValueError, match="some samples lack some of the starts"):  # an unknown start is no copy
+        basin.transition_points(outcome_table(["1100", "1111"]).iloc[1:])
     points = basin.transition_points(outcome_table(["1101", "0100", "1100"]).sample(frac=1, random_state=0))
     points = points.set_index("seed").sort_index()
     assert points[["monotone", "against"]].values.tolist() == [[False, 1], [False, 1], [True, 0]]
@@ -132,7 +134,7 @@ def test_aligned_magnitude_falls_at_each_trajectorys_own_point():
     table = basin.aligned_magnitude(magnitudes, times, points, reference).set_index("after")
     assert (table["share"] == 0.8).all() and table.index.min() == -240 and table.index.max() == 240
     assert table["value"][-80] == pytest.approx(3) and table["value"][80] == pytest.approx(1)
-    assert (table["n"] == 6).sum() >= 8  # three samples that flip, two steps a bin; the fourth is left out
+    assert (table["n"] == 3).sum() >= 8  # three samples that flip, whatever the steps a bin; the fourth is left out
     mean = magnitudes.mean(dim=0) / reference[0]
     assert mean[times == 600] < 2.5  # which a mean over trajectories hides
 

@@ -30,6 +30,8 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     chosen = comparison.tuned(MAIN)
     known = comparison.best_settings(pd.read_csv(basinlab.data_folder() / comparison.MAIN / "tuning.csv"))
     assert {*chosen} == {*known} <= {*methods} and describe(chosen["CFG"][0])["guidance_scale"] == MAIN.guidance_scale
+    compared = {x for n in (2, 3, 4, 16, 32) for x in comparison.spread(MAIN.table("ordinary"), n)["prompt"]}
+    assert len(comparison.ordinary_prompts(MAIN)) > 30 and not {*comparison.ordinary_prompts(MAIN)} & compared
     both = comparison.pairs(chosen)
     assert {*both} == {(prior, None, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
     assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
@@ -173,6 +175,8 @@ def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
     table["copied"] = table["copied"].astype("boolean").mask(table["seed"] == 0)
     rows = comparison.summary(table, by=("method",))
     assert not {"diversity", "cmmd", "object_right", "seconds"} & set(rows["measure"]) and rows["value"].notna().all()
+    with pytest.raises(ValueError, match=r"would hold rows of several \['rule'\]"):
+        comparison.summary(table.assign(rule=["CFG", "DTP"] * (len(table) // 2)))
     row = rows.query("measure == 'copied'").iloc[0]
     assert row["n"] == 160 and 0.95 < row["low"] < 1  # Wilson's: a bootstrap has no width
 

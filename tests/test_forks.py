@@ -163,6 +163,11 @@ def test_sampling_from_a_state_of_a_run_ends_where_the_run_does_or_says_what_is_
     resumed = basinlab.sample_from(tiny, run.prompts, run.latents[:, step], t, ConstantGuidance(3.0), **options)
     assert resumed.timesteps.tolist() == run.timesteps[step:].tolist()
     close(resumed.latents, run.latents[:, step:])
+    # a stochastic scheduler's later noise is not the initial noise once more, and each state has its own
+    options["scheduler"] = "EulerAncestralDiscreteScheduler"
+    run = basinlab.sample(tiny, "an owl", [0, 1], ConstantGuidance(3.0), **options)
+    given = tiny, ["an owl"] * 2, run.latents[:, 0], int(run.timesteps[0]), ConstantGuidance(3.0)
+    close(basinlab.sample_from(*given, **options).latents, run.latents)
     states = torch.zeros(2, 4, 16, 16)
     with pytest.raises(ValueError, match="3 prompts and 2 seeds for 2 states"):
         basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)

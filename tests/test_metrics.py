@@ -96,7 +96,7 @@ def test_perceptual_distance_is_that_of_lpips_with_the_same_weights(torch_home, 
     with torch.no_grad():
         expected = lpips.LPIPS(net="alex", verbose=False)(pictures * 2 - 1, other * 2 - 1).flatten()
     distance = metrics.PerceptualDistance()
-    torch.testing.assert_close(distance(pictures, other, batch_size=3), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(distance(pictures, other), expected, atol=1e-6, rtol=1e-4)
     assert (expected > 1e-3).all() and distance(pictures, pictures).abs().max() < 1e-6 and "LPIPS" in distance.name
 
 

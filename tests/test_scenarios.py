@@ -182,6 +182,10 @@ def test_a_prompt_without_a_reference_is_unknown_until_its_attractor_is_estimate
     sweep = basinlab.sweep(sd_run.denoiser, ["an owl"], [0, 1], [999, 0], after=cfg, steps=2, progress=False)
     table = scenarios.Judges(scenario)(sweep, scenario.table())
     assert table["copied"].isna().all()
+    (tmp_path / "x.csv").write_text("prompt,object\nan owl,taxi\n")
+    named = written(tmp_path, prompts={"memorized": {"file": "x.csv"}}, alignment="clip")
+    known = scenarios.Judges(named)(sweep, named.table())
+    assert known["object_right"].notna().all() and known["new_and_right"].isna().all()  # it may be a copy
     assert basin.capture_probability(table, "start", "copied").empty and basin.transition_points(table, "copied").empty
 
 

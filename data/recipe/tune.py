@@ -4,18 +4,20 @@ It resumes, and shares its work among the processes of ``accelerate launch --mod
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
 from basinlab.comparison import HELD_OUT, MAIN, methods, processes, run_grid
+from basinlab.guidance import describe
 from basinlab.models import data_folder
 from basinlab.scenarios import Judges, Scenario, read
 
 
 def tune(scenario: Scenario, parts: str | Path, device: str = "cpu", seeds=range(2), steps: int = 50) -> pd.DataFrame:
-    """One row a method and setting (0 to 3): copied, right and new_and_right, shares of n samples."""
+    """One row a method and setting (0 to 3; given): copied, right and new_and_right, shares of n samples."""
     prompts = scenario.table("memorized").tail(HELD_OUT).reset_index(drop=True)
     tried = {f"{name} #{i}": x for name, settings in methods(scenario).items() for i, x in enumerate(settings)}
     total, silent = len(tried) * len(prompts) * len(seeds), not processes().is_main_process
@@ -25,6 +27,7 @@ def tune(scenario: Scenario, parts: str | Path, device: str = "cpu", seeds=range
     table = table.rename(columns={"object_right": "right"})
     shares = table.groupby("method", sort=False)[["copied", "right", "new_and_right"]].mean()
     shares["n"] = table.groupby("method").size()
+    shares["given"] = [json.dumps([*map(describe, tried[name])]) for name in shares.index]
     shares[["method", "setting"]] = [name.rsplit(" #", 1) for name in shares.index]
     return shares.astype({"setting": int}).reset_index(drop=True)
 
