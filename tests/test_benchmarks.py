@@ -1,7 +1,4 @@
-"""The benchmarks run, at sizes whose figures mean nothing.
-
-That against the official scripts: its shim on a script of our own, and on a clone where there is one.
-"""
+"""The benchmarks run, at sizes whose figures mean nothing; the official scripts' shim on a script of our own."""
 
 import json
 import os

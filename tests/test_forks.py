@@ -156,7 +156,6 @@ def test_halving_finds_what_the_sweep_shows(tmp_path):
 
 
 def test_sampling_from_a_state_of_a_run_ends_where_the_run_does_or_says_what_is_wrong(tiny, step=3):
-    """With a solver that has no history a run can be taken up anywhere."""
     run = sample(tiny, ConstantGuidance(3.0), scheduler="DDIMScheduler")
     t = int(run.timesteps[step])
     options = {"steps": STEPS, "scheduler": "DDIMScheduler", "progress": False}

@@ -81,6 +81,7 @@ def test_scene_and_its_other_vendors_twin_render_their_object_alone_on_the_backg
         changed = np.abs(drawn.render().astype(int) - background).max(axis=2) > 6
         assert changed.sum() > 200 and not (changed & (drawn.mask() | outside)).any()
     assert (scene.render() != twin.render()).any()
+    assert (scene.cells().repeat(scenes.GRID, 0).repeat(scenes.GRID, 1) == ~outside).all()  # which the loss weighs
 
 
 def test_each_word_of_the_world_is_one_token_others_are_spelled_out_and_every_caption_fits():

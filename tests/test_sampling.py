@@ -41,14 +41,11 @@ def predicting(denoiser, prediction_type):
 def test_latents_are_those_of_diffusers_pipeline(tiny, tiny_folder, prediction_type, scheduler):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    kind = getattr(diffusers, f"{scheduler}Scheduler")
-    # latents are no pixels: as in Stable Diffusion's own configuration they are not clipped to -1..1
-    config = {**tiny.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
-    pipeline.scheduler = kind.from_config(config)
+    kind, changed = getattr(diffusers, f"{scheduler}Scheduler"), {"prediction_type": prediction_type}
+    pipeline.scheduler = kind.from_config({**tiny.scheduler.config, **changed, "clip_sample": False})  # no pixels
     prompts, seeds = np.repeat(PROMPTS, 2).tolist(), [3, 4, 3, 4]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
-    theirs = pipeline(prompts, generator=generators, **options).images
+    theirs = pipeline(prompts, generator=generators, num_inference_steps=STEPS, output_type="latent").images
     ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=kind.__name__)
     assert ours.prompts == prompts and ours.seeds == seeds and len(ours) == 4
     assert ours.latents.shape == (4, STEPS + 1, 4, 16, 16) and ours.predicted.shape == (4, STEPS, 4, 16, 16)

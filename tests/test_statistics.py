@@ -6,7 +6,6 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
 from basinlab import statistics
-from basinlab.statistics import verdict
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 1), (1, 1), (0, 8), (3, 8), (8, 8), (384, 768), (1, 1000)])
@@ -60,9 +59,8 @@ def test_mean_and_quantile_intervals_are_over_prompts_and_wilsons_where_all_agre
     (float("nan"), float("nan"), "undecided", "undecided", "undecided"),
 ])  # fmt: skip
 def test_a_verdict_is_of_the_whole_interval(low, high, at_least, at_most, between):
-    assert verdict(low, high, least=0.5) == at_least
-    assert verdict(low, high, most=0.5) == at_most
-    assert verdict(low, high, least=0.5, most=0.8) == between
+    goals = {"least": 0.5}, {"most": 0.5}, {"least": 0.5, "most": 0.8}
+    assert [statistics.verdict(low, high, **goal) for goal in goals] == [at_least, at_most, between]
 
 
 def test_claims_carry_their_interval_goal_and_verdict():
