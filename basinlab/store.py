@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 
 def output_folder() -> Path:
@@ -52,7 +52,7 @@ def _write(result, path: Path) -> None:
         if path.suffix == ".parquet":
             result.to_parquet(part)
         else:
-            save_file({key: tensor.contiguous() for key, tensor in result.items()}, part)
+            part.write_bytes(save({key: tensor.contiguous() for key, tensor in result.items()}))  # no file of its own
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written ({error}): make room or give another folder; it goes on") from error
