@@ -46,8 +46,8 @@ SETTINGS = {
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=55000, batch=32, rate=5e-4, decay=0.16, average=0.999),
-    "finetuned": Settings(steps=500, batch=32, rate=3e-4),
-    "classes": Settings(steps=500, batch=32, rate=3e-4),
+    "finetuned": Settings(steps=4000, batch=32, rate=1e-3),
+    "classes": Settings(steps=4000, batch=32, rate=1e-3),
 }
 
 
