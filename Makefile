@@ -27,7 +27,7 @@ help:
 	@echo "make lab      open the notebooks in JupyterLab    (until you close it; LAB_OPTIONS=--no-browser and the like)"
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
-	@echo "make evaluate sample all that the scorecard rests on (about 15 minutes on 2 cores; resumes)"
+	@echo "make evaluate sample all that the scorecard rests on (about 40 minutes on 2 cores; resumes)"
 	@echo "make tune     try the settings of every mitigation  (9 minutes on 2 cores; resumes)"
 	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
 	@echo "make site     pages of the notebooks, in build/site (seconds)"
@@ -82,7 +82,7 @@ world: $(INSTALLED)
 	@PYTHONPATH=.:data $(PY) -m recipe $(RECIPE_OPTIONS)
 
 evaluate: $(INSTALLED)
-	@echo "evaluate: sampling and judging about 3,000 pictures (about 15 minutes on 2 cores; stop it and call again to go on)"
+	@echo "evaluate: sampling and judging about 14,000 pictures (about 40 minutes on 2 cores; stop it and call again to go on)"
 	@PYTHONPATH=.:data $(PY) -m recipe.evaluate
 
 tune: $(INSTALLED)

@@ -34,17 +34,18 @@ SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
 OWN = ("STP", "DTP", "OG + STP", "OG + DTP")  # the paper's
 PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")  # that leave guidance alone
 HELD_OUT = 16  # of the main scenario's memorized prompts, the last ones: settings are chosen on them
-PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of settings and pairs
-    "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "further": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
-    "reader": {"main": 6, "elsewhere": 4, "seeds": 2, "further": (6, 1), "steps": 50},
-    "paper": {"main": 32, "elsewhere": 16, "seeds": 4, "further": (16, 2), "steps": 50},
+PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of pairs
+    "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "pairs": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
+    "reader": {"main": 4, "elsewhere": 2, "seeds": 2, "pairs": (3, 1), "steps": 25},
+    "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 2), "steps": 50},
 }
 Setting = list
 
 
 def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong."""
-    # the four lie around the authors', rescaled: latents have a quarter of the norm, embeddings a deviation of 0.22
+    # the four lie around the scenario's own points, or the authors' constants, rescaled:
+    # latents have a quarter of the norm, embeddings a deviation of 0.45
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     stp, og = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
 
@@ -61,18 +62,22 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "RNA": settings(m.RandomNumbers, (), words),
         "RTA": settings(m.RandomTokens, (), words),
         "CWR": settings(m.RepeatedWords, (), words),
-        "GNI": settings(m.EmbeddingNoise, (), [(0.025,), (0.1,), (0.2,), (0.4,)]),
-        "Wen": settings(m.PromptOptimization, (), [(t, 0.01) for t in (0.3, 0.2, 0.1, 0.05)]),
+        "GNI": settings(m.EmbeddingNoise, (), [(0.05,), (0.2,), (0.4,), (0.8,)]),
+        "Wen": settings(m.PromptOptimization, (), [(t, 0.02) for t in (0.3, 0.2, 0.1, 0.05)]),
         "Ren": settings(m.CrossAttentionMask, (), [(1.25, True), (1.25, False), (2, False), (3, False)]),
-        "CADS": settings(m.ConditionAnnealing, (), [(0.1, t + 300, t) for t in (600, 500, 350, 200)]),
+        "CADS": settings(m.ConditionAnnealing, (), [(0.2, t + 300, t) for t in (600, 500, 350, 200)]),
         "Han, per sample": settings(m.NoiseDescent, (), [(t, 0.02, 30) for t in (0.3, 0.2, 0.15, 0.1)]),
         "Han, batch-wise": settings(m.NoiseAscent, (), [(12.5, gamma) for gamma in (3, 10, 20, 40)], fifth),
         "SAIL": settings(m.SharpnessAwareNoise, (), [(t, 0.25, 0.01, 0.02) for t in (0.6, 0.5, 0.45, 0.4)]),
         "interval": settings(g.GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
         "schedule": settings(g.ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
-        "STP": settings(g.StaticTransitionPoint, (stp, s), [(t, s) for t in (700, 600, 500, 400)]),
-        "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, 1, 500), (s, 0, 500), (s, 0, 400), (s, 0, 300)]),
-        "OG + STP": settings(g.OppositeGuidance, (og, s, push), [(750, s, 0.5), (700, s, 1), (650, s, 1), (650, s, 2)]),
+        "STP": settings(g.StaticTransitionPoint, (stp, s), [(stp + x, s) for x in (100, 0, -100, -200)]),
+        "DTP": settings(
+            g.DynamicTransitionPoint, (s,), [(s, n, stp - x) for n, x in ((1, 0), (0, 0), (0, 100), (0, 200))]
+        ),
+        "OG + STP": settings(
+            g.OppositeGuidance, (og, s, push), [(og + x, s, o) for x, o in ((100, 0.5), (50, 1), (0, 1), (0, 2))]
+        ),
         "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
         "GUARD": [[m.SpikeDamping(scale), g.AttractRepel(s, repel)] for scale, repel in guards],
         "PRSS": settings(m.Reanchoring, (), [(t,) for t in (0.4, 0.2, 0.1, 0.05)]),
@@ -97,8 +102,8 @@ def ordinary_prompts(scenario: Scenario, count: int = 50) -> tuple[str, ...]:
 
 def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
     """Each method's number of the setting with most samples new and right; of equal ones the weakest."""
-    best = tuning.loc[tuning.sort_values("setting").groupby("method")["new_and_right"].idxmax()]
-    return best.set_index("method")["setting"].to_dict()
+    rows = tuning[tuning["measure"] == "new_and_right"].sort_values("setting")
+    return rows.loc[rows.groupby("method")["value"].idxmax()].set_index("method")["setting"].to_dict()
 
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
@@ -112,9 +117,9 @@ def tuned(scenario: Scenario) -> dict[str, Setting]:
 
 
 def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
-    """(prior, None, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and OG + DTP."""
+    """(prior, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and OG + DTP."""
     prior = [name for name in PRIOR if name in chosen]
-    return {(name, None, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
+    return {(name, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
 
 
 def processes() -> PartialState:
@@ -129,7 +134,7 @@ def run_grid(
     """Sample ``prompts`` x ``seeds`` under every method and judge the images; resumes from ``folder``.
 
     ``block`` prompts of a method are one file; processes share the files out, and each returns the whole table: the
-    columns of ``judges``, seconds a sample, and method (of a tuple, method, setting and rule). ``bar`` is a tqdm's.
+    columns of ``judges``, seconds a sample, and method (of a tuple, method, rule and setting). ``bar`` is a tqdm's.
     """
     team, options = processes(), {"steps": steps, "measure": measure}
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
@@ -141,7 +146,7 @@ def run_grid(
         return judges(run, rows).assign(seconds=seconds)
 
     def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
-        names = dict(zip(("method", "setting", "rule"), name if isinstance(name, tuple) else [name], strict=False))
+        names = dict(zip(("method", "rule", "setting"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
         file = " ".join(str(x) for x in names.values() if x is not None)
@@ -163,30 +168,30 @@ def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFrame]:
-    """Prompts of a scenario by group, none of them held out; ordinary ones elsewhere in the profile paper only."""
+    """Prompts of a scenario by group, none of them held out."""
     size, other, found = PROFILES[profile], scenario.name in SCENARIOS[1:], {}
     for group in scenario.prompts:
-        if group != "ordinary" or not other or profile == "paper":
-            rows = scenario.table(group).drop_duplicates("prompt")
-            rows = rows.iloc[:-HELD_OUT] if (scenario.name, group) == (MAIN, "memorized") else rows
-            found[group] = spread(rows, size["elsewhere" if other or group == "template" else "main"])
+        rows = scenario.table(group).drop_duplicates("prompt")
+        rows = rows.iloc[:-HELD_OUT] if (scenario.name, group) == (MAIN, "memorized") else rows
+        found[group] = spread(rows, size["elsewhere" if other or group == "template" else "main"])
     return found
 
 
 def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     """What `compare` samples: (of, group, prompts, seeds, what is tried) of each grid.
 
-    ``of`` is "methods", on the main scenario's memorized prompts "settings" and "pairs" too. What is tried is (method,
-    number of the setting or None, rule that it is paired with or "CFG") -> setting.
+    ``of`` is "methods", on the main scenario's memorized prompts "pairs" too. What is tried is (method, rule that it is
+    paired with or "CFG") -> setting.
     """
     size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
-    alone = {(name, None, "CFG"): setting for name, setting in chosen.items()}
-    grids = [("methods", group, rows, range(size["seeds"]), alone) for group, rows in parts.items()]
+    alone = {(name, "CFG"): setting for name, setting in chosen.items()}
+    main, many = scenario.name not in SCENARIOS[1:], size["seeds"]
+    seeds = {group: range(many if main and group == "memorized" else min(2, many)) for group in parts}
+    grids = [("methods", x, rows, seeds[x], alone) for x, rows in parts.items() if main or x != "ordinary"]
     if scenario.name == MAIN:
-        few = "memorized", spread(parts["memorized"], size["further"][0]), range(size["further"][1])
-        every = {(name, i, "CFG"): x for name in chosen for i, x in enumerate(methods(scenario)[name])}
-        grids += [("settings", *few, every), ("pairs", *few, pairs(chosen))]
+        few = "memorized", spread(parts["memorized"], size["pairs"][0]), range(size["pairs"][1])
+        grids.append(("pairs", *few, pairs(chosen)))
     return grids
 
 
@@ -198,7 +203,7 @@ def compare(scenario: Scenario, profile: str, folder: str | Path | None, device:
         for of, group, rows, seeds, tried in grids:
             found = run_grid(denoiser, rows, seeds, tried, judges, folder, steps=PROFILES[profile]["steps"], bar=bar)
             tables.append(found.assign(of=of, group=group))
-    return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name).astype({"setting": "Int64"})
+    return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name)
 
 
 def made_with(scenarios: Sequence[Scenario], profile: str) -> str:

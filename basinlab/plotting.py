@@ -49,7 +49,7 @@ _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are s
 COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": "black"}
 COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
-_STYLES = {"measured": "-", "static": ":", "dynamic": "--"}  # of transition points
+_STYLES = {"measured": ("-", 1.5), "static": (":", 3.5), "dynamic": ("--", 1.5)}  # of points: line and its width
 
 
 def use_theme() -> None:
@@ -89,9 +89,7 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
         os.replace(part, manifest)
 
 
-def picture_grid(
-    pictures: Tensor, rows: Sequence[str], columns=(), framed=None, left=None, left_title: str = "training\npicture"
-) -> Figure:
+def picture_grid(pictures, rows, columns=(), framed=None, left=None, left_title="training\npicture") -> Figure:
     """Pictures [R, N, 3, h, w]; a frame marks copies, ``framed`` [R, N] bool; before each row ``left`` [R, 3, h, w]."""
     (count, width), offset = pictures.shape[:2], int(left is not None)
     size = (1.15 * (width + offset) + 1.6, 1.25 * count + 0.3)
@@ -171,7 +169,8 @@ def dots(
             for place in rows.loc[rows["gold"], x].unique():
                 axis.axvspan(place - half, place + half, color="gold", alpha=0.4, linewidth=0, zorder=0)
         for mark in () if marks is None else marks[marks[panel] == name].dropna().itertuples():
-            axis.axvline(mark.at, color=COLOURS[mark.name], linestyle=_STYLES[mark.name], label=mark.name)
+            style, width = _STYLES[mark.name]
+            axis.axvline(mark.at, color=COLOURS[mark.name], linestyle=style, linewidth=width, label=mark.name)
         axis.set_title(name, pad=None if strips is None else 72)
         if strips is not None:
             thumbnails(axis, strips[strips[panel] == name])
@@ -191,7 +190,7 @@ def dots(
 def over_start(table: pd.DataFrame, hue: str, title="") -> Figure:
     """The share copied over the start of CFG: columns start, ``hue``, value, low, high; 0, at the right, is never."""
     axes = {"xlim": (1020, min(80, table["start"].min() - 20)), "ylim": (-0.03, 1.03), "ylabel": "share copied"}
-    return dots(table, "start", hue, title=title, xlabel="CFG starts at timestep", **axes)
+    return dots(table, "start", hue, title=title, band=True, xlabel="CFG starts at timestep", **axes)
 
 
 def intervals(table: pd.DataFrame, panel: str, **axes) -> Figure:
@@ -206,14 +205,15 @@ def intervals(table: pd.DataFrame, panel: str, **axes) -> Figure:
             axis.axvline(value, color="black", linestyle=":", linewidth=0.8)
         axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names, **axes)
     panels[0][1].invert_yaxis()
-    legend(figure)
+    legend(figure, names)
     return figure
 
 
-def legend(figure: Figure) -> None:
-    """A line over ``figure`` that names the colours of the families of methods."""
-    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour, _ in _FAMILIES.values()]
-    figure.legend(marks, _FAMILIES, loc="outside upper center", ncols=len(marks), handletextpad=0.2, fontsize=10)
+def legend(figure: Figure, methods: Sequence[str]) -> None:
+    """A line over ``figure`` that names the colours of the families that ``methods`` belong to."""
+    drawn = {family: colour for family, (colour, names) in _FAMILIES.items() if {*names} & {*methods}}
+    marks = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in drawn.values()]
+    figure.legend(marks, drawn, loc="outside upper center", ncols=max(1, len(marks)), handletextpad=0.2, fontsize=10)
 
 
 def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figure:
@@ -230,17 +230,17 @@ def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figur
     return figure
 
 
-def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends: pd.DataFrame) -> Figure:
+def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends: pd.DataFrame, axis=None) -> Figure:
     """The basin, measured (paper, Fig. 1): over t, on the way from the captured state (0) to the unguided one (1).
 
     ``shares`` has t, push (the place on the way) and value (the share captured), ``half`` t and value (where one half
     escapes), ``paths`` name, t and value (the place), ``ends`` the columns of `thumbnails`.
     """
-    figure, axis = plt.subplots(figsize=(8.6, 4.6))
+    axis = axis or plt.subplots(figsize=(8.6, 4.6))[1]
     shade, grid = sns.light_palette(COLOURS["captured"], as_cmap=True), shares.pivot(index="push", columns="t")["value"]
     drawn = axis.pcolormesh(grid.columns, grid.index, grid, cmap=shade, vmin=0, vmax=1.4, shading="nearest")
     bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "left", "pad": 0.02}
-    figure.colorbar(drawn, ax=axis, label="share captured", **bar)
+    axis.figure.colorbar(drawn, ax=axis, label="share captured", **bar)
     top = float(grid.index.max())
     axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
     for name, part in paths.groupby("name", sort=False):
@@ -248,8 +248,8 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()), top), xlabel="timestep t", yticks=[0, 1])
     axis.set_yticklabels(["captured", "unguided"])
     thumbnails(axis, ends, right=True)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
-    return figure
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=9)
+    return axis.figure
 
 
 def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
@@ -290,30 +290,29 @@ def _address(picture: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
-    """A linked figure without kernel or network: drag the start of guidance along the magnitude, the picture follows.
+def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
+    """A linked figure without kernel or network: drag the start of guidance; picture and trajectory follow.
 
-    ``samples``: prompt, seed, before, start, copied, picture [3, h, w]; ``curves``: prompt, seed, before, t, magnitude.
+    ``samples``: prompt, seed, before, start, copied, picture [3, h, w]; ``curves``: prompt, seed, before, t, magnitude;
+    ``ways``: prompt, seed, before, start, t, place (`basin.on_the_way`).
     """
     import altair as alt
     from IPython.display import HTML
 
-    alt.data_transformers.disable_max_rows()
-    starts = sorted(samples["start"].unique(), reverse=True)
     rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
     when = rows["start"].map(lambda t: f"from t = {t}" if t else "never")
     labels = when + rows["copied"].map({True: ": copy", False: ": new"})
-    rows = rows.assign(picture=rows["picture"].map(_address), k=rows["start"].map(starts.index), label=labels)
+    rows = rows.assign(picture=rows["picture"].map(_address), label=labels, k=(-rows["start"]).rank(method="dense") - 1)
+    ways = ways.merge(rows[["prompt", "seed", "before", "start", "k", "copied"]])
     options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
     menus = {name: alt.binding_select(options=given, name=f"{name} ") for name, given in options.items()}
     choices = [alt.param(name=name, value=options[name][0], bind=menu) for name, menu in menus.items()]
     drag = "pointerdown, [pointerdown, window:pointerup] > window:pointermove"
-    slider = alt.binding_range(min=0, max=len(starts) - 1, step=1, name="start of guidance ")
+    slider = alt.binding_range(min=0, max=int(rows["k"].max()), step=1, name="start of guidance ")
     start = alt.selection_point(name="start", fields=["k"], value=0, nearest=True, on=drag, clear=False, bind=slider)
     chosen = "datum.prompt == prompt && datum.seed == seed && datum.before == before"
     x = alt.X("t:Q", scale=alt.Scale(domain=[1000, 0]), title="timestep t")
-    line = alt.Chart(curves).transform_filter(chosen).mark_line(color="gray")
-    line = line.encode(x, alt.Y("magnitude:Q", title="guidance magnitude before guidance"))
+    line = alt.Chart(curves).transform_filter(chosen).mark_line(color="gray").encode(x, alt.Y("magnitude:Q"))
     colours = alt.Scale(domain=[True, False], range=[*map(colors.to_hex, (COLOURS["copied"], COLOURS["free"]))])
     points = alt.Chart(rows).transform_filter(chosen + " && isValid(datum.magnitude)").mark_point(filled=True)
     size, colour = alt.condition(start, alt.value(260), alt.value(60)), alt.Color("copied:N", scale=colours)
@@ -321,8 +320,13 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame):
     here = alt.Chart(rows).transform_filter(chosen).transform_filter(start)
     picture = here.mark_image(width=192, height=192).encode(url="picture:N", x=alt.value(100), y=alt.value(100))
     label = here.mark_text(fontSize=15).encode(text="label:N", x=alt.value(100), y=alt.value(215))
-    left = alt.layer(line, points.add_params(start)).properties(width=420, height=220)
-    chart = (left | alt.layer(picture, label).properties(width=200, height=230)).add_params(*choices)
-    page = html.escape(chart.configure_view(stroke=None).to_html(inline=True, embed_options={"renderer": "svg"}))
+    left = alt.layer(line, points.add_params(start)).properties(width=330, title="guidance magnitude without guidance")
+    place = alt.Y("place:Q", title="captured (0) ... unguided (1)", scale=alt.Scale(domain=[-0.5, 1.5], clamp=True))
+    way = alt.Chart(ways).transform_filter(chosen).encode(x, place)
+    own = way.transform_filter(start).mark_line(strokeWidth=3).encode(color=colour)
+    right = alt.layer(way.mark_line(color="lightgray").encode(detail="start:N"), own).properties(width=270)
+    chart = alt.hconcat(left, alt.layer(picture, label).properties(width=200), right).add_params(*choices)
+    chart = chart.configure_view(stroke=None, continuousHeight=220)
+    page = html.escape(chart.to_html(inline=True, embed_options={"renderer": "svg"}))
     frame = 'width="100%" height="420" style="border: 0" title="the start of guidance, to be dragged"'
     return HTML(f'<div><iframe srcdoc="{page}" {frame}></iframe></div>')

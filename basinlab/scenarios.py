@@ -63,7 +63,6 @@ class Scenario:
     steps: int = 50
     opposite_scale: float = 2.0
     opposite_until: int | None = None  # None: until the static transition point
-    late_start: int | None = None  # the timestep from which guidance copies no more, where that was measured
     unet: str | None = None
     resolution: int | None = None
     references: str | None = None  # pattern of a prompt's images, with its {index} or {row}; None: a column attractor

@@ -46,10 +46,13 @@ def shown(address: str, profile) -> str:
 def tiny_folder(tmp_path_factory):
     """A StableDiffusionPipeline folder: a small U-Net, random weights, predictions of unit size."""
     torch.manual_seed(0)
-    words, coder = models.tokenizer(), {"latent_channels": 4, "block_out_channels": (24, 48, 96), "scaling_factor": 0.8}
-    coder |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    vae = diffusers.AutoencoderKL(**coder, norm_num_groups=8, sample_size=64, mid_block_add_attention=False)
-    small = {"block_out_channels": (16, 32, 32), "sample_size": 16, "in_channels": 4, "out_channels": 4}
+    words, coder = (
+        models.tokenizer(),
+        {"latent_channels": 4, "block_out_channels": (16, 24, 48, 64), "scaling_factor": 0.8},
+    )
+    coder |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = diffusers.AutoencoderKL(**coder, norm_num_groups=8, sample_size=96, mid_block_add_attention=False)
+    small = {"block_out_channels": (16, 32, 32), "sample_size": 12, "in_channels": 4, "out_channels": 4}
     unet = diffusers.UNet2DConditionModel.from_config({**models.unet().config, **small})
     with torch.no_grad():
         unet.conv_out.weight.mul_(3)

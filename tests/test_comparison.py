@@ -25,7 +25,8 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     methods = comparison.methods(MAIN)
     assert {len(settings) for name, settings in methods.items() if name != "CFG"} == {4} and len(methods) == 23
     rows = [(name, i, float(i in (1, 3))) for name, settings in methods.items() for i in range(len(settings))]
-    tuning = pd.DataFrame(rows, columns=["method", "setting", "new_and_right"]).sample(frac=1, random_state=0)
+    tuning = pd.DataFrame(rows, columns=["method", "setting", "value"]).sample(frac=1, random_state=0)
+    tuning = pd.concat([tuning.assign(measure="new_and_right"), tuning.assign(measure="copied", value=1.0)])
     assert comparison.best_settings(tuning) == {name: int(name != "CFG") for name in methods}
     chosen = comparison.tuned(MAIN)
     known = comparison.best_settings(pd.read_csv(basinlab.data_folder() / comparison.MAIN / "tuning.csv"))
@@ -33,8 +34,8 @@ def test_every_method_gets_the_same_number_of_tries_and_the_weakest_of_the_best_
     compared = {x for n in (2, 3, 4, 16, 32) for x in comparison.spread(MAIN.table("ordinary"), n)["prompt"]}
     assert len(comparison.ordinary_prompts(MAIN)) > 30 and not {*comparison.ordinary_prompts(MAIN)} & compared
     both = comparison.pairs(chosen)
-    assert {*both} == {(prior, None, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
-    assert [type(x).__name__ for x in both["GNI", None, "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
+    assert {*both} == {(prior, rule) for prior in comparison.PRIOR for rule in ("DTP", "OG + DTP")}
+    assert [type(x).__name__ for x in both["GNI", "DTP"]] == ["EmbeddingNoise", "DynamicTransitionPoint"]
     # published scenarios get their authors' settings
     scenario = scenarios.read("sd21-laion10k")
     methods = comparison.methods(scenario)
@@ -73,7 +74,8 @@ def test_settings_and_norms_are_chosen_on_prompts_that_are_not_compared():
 def test_the_paper_profile_has_the_size_that_is_stated(name, sizes):
     grids = [grid for grid in comparison.plan(scenarios.read(name), "paper") if grid[0] == "methods"]
     assert {group: len(rows) for _, group, rows, *_ in grids} == sizes
-    assert {(len(seeds), len(tried)) for *_, seeds, tried in grids} == {(4, len(comparison.tuned(MAIN)))}
+    seeds = {group: (len(seeds), len(tried)) for _, group, _, seeds, tried in grids}
+    assert seeds == {group: (4 if group == "memorized" else 2, len(comparison.tuned(MAIN))) for group in sizes}
 
 
 class Plain:
@@ -119,9 +121,8 @@ def test_a_comparison_is_all_of_its_plan_and_is_resumed(tiny, tmp_path, monkeypa
     size = {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
     monkeypatch.setitem(comparison.PROFILES, "tiny", comparison.PROFILES["tiny"] | size)
     table = comparison.compare(MAIN, "tiny", tmp_path)
-    assert table.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "settings": 13 * 3, "pairs": 2 * 3}
+    assert table.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "pairs": 2 * 3}
     assert set(table.query("of == 'pairs'")["rule"]) == {"DTP", "OG + DTP"} and set(table["group"]) == {*MAIN.prompts}
-    assert table.query("of == 'settings' and method == 'GNI'")["setting"].unique().tolist() == [0, 1, 2, 3]
     assert (table.query("method == 'CFG'")["calls"] == 4).all()
     monkeypatch.setattr(comparison, "sample", lambda *given, **options: pytest.fail("sampled again"))
     pd.testing.assert_frame_equal(comparison.compare(MAIN, "tiny", tmp_path), table)

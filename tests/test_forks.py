@@ -37,7 +37,7 @@ def test_every_fork_is_the_run_with_that_start(tiny, solver, before):
     times = [int(t) for t in new_scheduler(tiny, options["scheduler"], 6).timesteps]
     found = sweep(tiny, [*times, 0], before=ConstantGuidance(before), **options)
     assert found.starts == sorted({*times, 0}, reverse=True)  # 0 is never, or the last timestep where that is 0
-    assert found.latents.shape == (4, len(found.starts), 4, 16, 16)
+    assert found.latents.shape == (4, len(found.starts), 4, 12, 12)
     for i, start in enumerate(found.starts):
         apart = sample(tiny, StaticTransitionPoint(start, before=before), **options).latents[:, -1]
         close(found.latents[:, i], apart)
@@ -69,7 +69,7 @@ def test_magnitude_before_the_start_is_measured_on_request(tiny):
     found = sweep(tiny, [500, 0], measure=True)
     torch.testing.assert_close(found.guidance_magnitude, unguided.guidance_magnitude, rtol=1e-4, atol=1e-5)
     assert sweep(tiny, [500]).guidance_magnitude.isnan().all()
-    assert found.images().shape == (4, 2, 3, 64, 64)
+    assert found.images().shape == (4, 2, 3, 96, 96)
     torch.testing.assert_close(found.images()[1, 1], tiny.decode(found.latents[1, 1:])[0])
 
 
@@ -167,7 +167,7 @@ def test_sampling_from_a_state_of_a_run_ends_where_the_run_does_or_says_what_is_
     run = basinlab.sample(tiny, "an owl", [0, 1], ConstantGuidance(3.0), **options)
     given = tiny, ["an owl"] * 2, run.latents[:, 0], int(run.timesteps[0]), ConstantGuidance(3.0)
     close(basinlab.sample_from(*given, **options).latents, run.latents)
-    states = torch.zeros(2, 4, 16, 16)
+    states = torch.zeros(2, 4, 12, 12)
     with pytest.raises(ValueError, match="3 prompts and 2 seeds for 2 states"):
         basinlab.sample_from(tiny, ["an owl"] * 3, states, 999)
     with pytest.raises(ValueError, match=r"501 is no timestep of this scheduler with 50 steps; they are \["):

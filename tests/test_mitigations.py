@@ -321,13 +321,13 @@ def both(run, step, t):
 def test_first_step_detectors_are_their_formulas_whatever_the_batch(tiny, run):
     c, u = both(run, 0, run.timesteps[0])
     alpha_bar = tiny.scheduler.alphas_cumprod[run.timesteps[0]]
-    ahead = replace(run, latents=run.latents + 0.25 * ((c - u) / norm(c - u))[:, None])
+    ahead = replace(run, latents=run.latents + 3 / 16 * ((c - u) / norm(c - u))[:, None])
     c2, u2 = both(ahead, 0, run.timesteps[0])
-    assert run.latents[0, 0].numel() == 2**10  # so that a radius of 1 is 0.25 here
+    assert run.latents[0, 0].numel() == 576  # so that a radius of 1 is 3 / 16 here
     torch.testing.assert_close(detection.sharpness(run), alpha_bar.sqrt() * length(c2 - u2), atol=1e-5, rtol=1e-4)
     c, u = both(run, 0, run.timesteps[-3])
     cosine = torch.cosine_similarity(u, c - u, dim=1).mean((1, 2))
-    expected = run.guidance_magnitude[:, 0] + 2 * 0.25 * (alpha_bar / 0.0047).sqrt() * cosine
+    expected = run.guidance_magnitude[:, 0] + 2 * 3 / 16 * (alpha_bar / 0.0047).sqrt() * cosine
     torch.testing.assert_close(detection.anisotropy(run), expected, atol=1e-5, rtol=1e-4)
     # and no detector's score depends on the batch
     of = "sharpness anisotropy picture_weight end_attention critical_scale"

@@ -22,7 +22,7 @@ def world(tmp_path, tiny_folder):
 
 def test_bundled_checkpoints_are_found_by_name_and_listed_and_others_by_their_path(world, monkeypatch):
     monkeypatch.setenv("BASINLAB_DATA", str(world.parent))
-    assert basinlab.load("world").latent_shape == (4, 16, 16)
+    assert basinlab.load("world").latent_shape == (4, 12, 12)
     with pytest.raises(ValueError, match=r"no checkpoint 'wrold'.*none of the bundled \['world'\]"):
         basinlab.load("wrold")
     monkeypatch.setenv("BASINLAB_DATA", "elsewhere")
@@ -112,7 +112,7 @@ def test_zero_terminal_snr_with_v_is_taken_over_and_latents_need_not_be_square_b
     assert basinlab.sample(denoiser, "an owl", 0, steps=5, progress=False).latents.abs().max() < 100
     denoiser = basinlab.load(changed(world, "unet/config.json", sample_size=[8, 16]))
     assert denoiser.latent_shape == (4, 8, 16)
-    assert basinlab.sample(denoiser, "an owl", 0, steps=2, progress=False).images().shape == (1, 3, 32, 64)
+    assert basinlab.sample(denoiser, "an owl", 0, steps=2, progress=False).images().shape == (1, 3, 64, 128)
     changed(world, "vae/config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(ValueError, match=r"normalizes latents by \['latents_mean', 'latents_std'\]"):
         basinlab.load(world)
@@ -122,8 +122,8 @@ def test_zero_terminal_snr_with_v_is_taken_over_and_latents_need_not_be_square_b
     ({"device": "gpu"}, "device 'gpu' with dtype torch.float32 cannot be used here"),
     ({"dtype": "float16"}, "dtype 'float16' cannot be used here"),
     ({"dtype": torch.int32}, "dtype torch.int32"),
-    ({"resolution": 64.0}, "resolution is 64.0: give a multiple of 16 pixels"),
-    ({"resolution": 70}, "resolution is 70: give a multiple of 16 pixels"),
+    ({"resolution": 64.0}, "resolution is 64.0: give a multiple of 32 pixels"),
+    ({"resolution": 70}, "resolution is 70: give a multiple of 32 pixels"),
 ])  # fmt: skip
 def test_wrong_options_are_said(tiny_folder, options, message):
     with pytest.raises(ValueError, match=message):

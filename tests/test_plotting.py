@@ -152,14 +152,15 @@ def test_the_measured_basin_is_shaded_where_states_are_captured():
 
 
 MOVE = """<script>setTimeout(async () => {
-  const slider = document.querySelector("input[type=range]"), seen = new Set();
+  const slider = document.querySelector("input[type=range]"), seen = new Set(), ways = new Set();
   for (let k = 0; k < 3; k++) {
     slider.value = k;
     slider.dispatchEvent(new Event("input"));
     await new Promise(done => setTimeout(done, 500));
     seen.add([...document.querySelectorAll("image")].map(image => image.outerHTML).join());
+    ways.add([...document.querySelectorAll("path[stroke-width='3']")].map(path => path.outerHTML).join());
   }
-  document.title = seen.size + " pictures seen";
+  document.title = seen.size + " pictures and " + ways.size + " ways seen";
 }, 2000)</script>"""
 
 
@@ -168,10 +169,12 @@ def test_the_picture_follows_the_slider_in_a_browser_without_a_network(tmp_path)
     rows = [("a", 0, "no guidance", start, start > 500, torch.rand(3, 8, 8)) for start in (999, 599, 0)]
     samples = pd.DataFrame(rows, columns=["prompt", "seed", "before", "start", "copied", "picture"])
     curves = pd.DataFrame({"prompt": "a", "seed": 0, "before": "no guidance", "t": [999, 599], "magnitude": [1.0, 2.0]})
-    frame = plotting.explorer(samples, curves).data
+    ways = samples[["prompt", "seed", "before", "start"]].merge(pd.DataFrame({"t": [999, 599]}), "cross")
+    ways["place"] = ways["start"] / ways["t"]
+    frame = plotting.explorer(samples, curves, ways).data
     page = html.unescape(re.search('srcdoc="(.*?)"', frame, re.DOTALL)[1])
     (tmp_path / "page.html").write_text(page + MOVE)  # at the end: the library holds a "</body>" of its own
-    assert "3 pictures seen" in shown((tmp_path / "page.html").as_uri(), tmp_path / "profile")
+    assert "3 pictures and 3 ways seen" in shown((tmp_path / "page.html").as_uri(), tmp_path / "profile")
 
 
 TIMES = torch.tensor([900, 500, 100])

@@ -48,7 +48,7 @@ def test_latents_are_those_of_diffusers_pipeline(tiny, tiny_folder, prediction_t
     theirs = pipeline(prompts, generator=generators, num_inference_steps=STEPS, output_type="latent").images
     ours = sample(predicting(tiny, prediction_type), seeds=[3, 4], scheduler=kind.__name__)
     assert ours.prompts == prompts and ours.seeds == seeds and len(ours) == 4
-    assert ours.latents.shape == (4, STEPS + 1, 4, 16, 16) and ours.predicted.shape == (4, STEPS, 4, 16, 16)
+    assert ours.latents.shape == (4, STEPS + 1, 4, 12, 12) and ours.predicted.shape == (4, STEPS, 4, 12, 12)
     assert ours.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
     close(ours.latents[:, -1], theirs)
 
@@ -169,7 +169,7 @@ def test_predicted_clean_latents_are_the_schedulers_own(tiny, scheduler, predict
 
 def test_rows_are_picked_out_whole_pictures_decoded_and_without_record_only_the_last_latents_kept(tiny, cfg):
     light = sample(tiny, record=False)
-    assert light.latents.shape == (6, 1, 4, 16, 16) and light.predicted is None
+    assert light.latents.shape == (6, 1, 4, 12, 12) and light.predicted is None
     close(light.latents[:, -1], cfg.latents[:, -1])
     close(light.images(), cfg.images())
     with pytest.raises(ValueError, match="record=True"):
@@ -180,7 +180,7 @@ def test_rows_are_picked_out_whole_pictures_decoded_and_without_record_only_the_
     for name in ("latents", "predicted", "guidance_magnitude", "network_calls"):
         assert torch.equal(getattr(picked, name), getattr(cfg, name)[[4, 0]])
     assert torch.equal(cfg.of(PROMPTS[1]).latents, cfg.latents[3:])
-    assert cfg.images().shape == (6, 3, 64, 64)
+    assert cfg.images().shape == (6, 3, 96, 96)
     torch.testing.assert_close(cfg.images(), tiny.decode(cfg.latents[:, -1]))
     expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in (0, -1)], dim=1)
     close(cfg.predicted_images([0, STEPS - 1]), expected)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import basinlab
 from basinlab import metrics, scenarios
-from recipe import evaluate, evaluate_next, scorecard, scorecard_next
+from recipe import evaluate, scorecard
 
 MAIN = scenarios.read("emoji-duplicated")
 DATA = basinlab.data_folder()
@@ -94,20 +94,20 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
 
 def test_the_second_editions_evaluation_gives_all_that_its_scorecard_asks_for(light, tiny, tmp_path, monkeypatch):
     scenario, (pictures, names) = replace(MAIN, second_copy="descriptor"), scenarios.unseen_scenes()
-    monkeypatch.setattr(scorecard_next, "unseen_scenes", lambda: (pictures[:24], names[:24]))
+    monkeypatch.setattr(scorecard, "unseen_scenes", lambda: (pictures[:24], names[:24]))
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
     few["ordinary"] = MAIN.table("ordinary").head(3)
-    plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate_next.plan(MAIN)]
+    plan = [(group, few.get(group, few["ordinary"]), [0, 1], tried) for group, *_, tried in evaluate.plan(MAIN)]
     swept = [(group, few["template" if group == "template" else "memorized"], range(2), *rest)
-             for group, _, _, *rest in evaluate_next.sweeps(MAIN)]  # fmt: skip
-    monkeypatch.setattr(evaluate_next, "plan", lambda scenario: plan)
-    monkeypatch.setattr(evaluate_next, "sweeps", lambda scenario: swept)
-    monkeypatch.setattr(evaluate_next, "STARTS", (999, 0))
-    monkeypatch.setattr(scorecard_next, "HELD_OUT", 4)
-    table = evaluate_next.evaluate(scenario, tmp_path, steps=4)
+             for group, _, _, *rest in evaluate.sweeps(MAIN)]  # fmt: skip
+    monkeypatch.setattr(evaluate, "plan", lambda scenario: plan)
+    monkeypatch.setattr(evaluate, "sweeps", lambda scenario: swept)
+    monkeypatch.setattr(evaluate, "STARTS", (999, 0))
+    monkeypatch.setattr(scorecard, "HELD_OUT", 4)
+    table = evaluate.evaluate(scenario, tmp_path, steps=4)
     others = {name: table[table["group"] == "sweep"] for name in ("emoji-finetuned", "emoji-classes")}
     monkeypatch.setattr(type(tiny), "timesteps", lambda _: [999, 666, 333, 0])
-    card = scorecard_next.scorecard(table, tiny, scenarios.Judges(scenario), others)
+    card = scorecard.scorecard(table, tiny, scenarios.Judges(scenario), others)
     assert len(card) > 35 and {*card["verdict"]} <= {"yes", "no", "undecided", "reported"}
     assert card["claim"].is_unique and (card["n"] > 0).all()
 
@@ -119,7 +119,7 @@ def test_measures_of_the_scorecards_on_known_curves_and_pictures():
         assert scorecard.half_crossings(curve) == pytest.approx(expected)
     # the largest fall is within a hundred timesteps, and relative to the peak
     curves = np.array([[1, 4, 2, 2], [1, 1, 1, 1], [1, 4, 4, 1]], float)
-    assert scorecard_next.largest_fall(curves, np.array([900, 800, 700, 550])).tolist() == [0.5, 0, 0]
+    assert scorecard.largest_fall(curves, np.array([900, 800, 700, 550])).tolist() == [0.5, 0, 0]
     colour = torch.tensor([0.2, 0.6, 0.9])  # of the background: not of the middle nor of a few odd pixels
     pictures = colour[None, :, None, None].repeat(1, 1, 64, 64)
     pictures[..., 2:-2, 2:-2], pictures[..., :2, :40] = 0, 1

@@ -25,16 +25,13 @@ VENDOR = "twitter"  # flat art, which a small autoencoder can draw
 SHORT_NAMES = {
     "soccer ball": "soccer",
     "top hat": "tophat",
-    "cheese": "cheese_wedge",
     "palm tree": "palm_tree",
     "maple leaf": "maple_leaf",
     "fire engine": "fire_engine",
     "sailboat": "boat",
-    "bicycle": "bike",
     "panda": "panda_face",
     "lion": "lion_face",
     "fox": "fox_face",
-    "drum": "drum_with_drumsticks",
 }
 OBJECTS = tuple(
     name.strip()

@@ -103,7 +103,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
 
 
 def clip(words: CLIPTokenizer) -> CLIPModel:
-    """A small CLIP on 64x64 pictures in patches of 8."""
+    """A small CLIP on 96x96 pictures in patches of 8."""
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,

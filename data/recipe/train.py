@@ -42,13 +42,13 @@ class Settings:
 
 
 SETTINGS = {
-    "vae": Settings(steps=8000, batch=8, rate=1.5e-3),
-    "decoder": Settings(steps=15000, batch=8, rate=5e-4),
+    "vae": Settings(steps=6500, batch=8, rate=1.5e-3),
+    "decoder": Settings(steps=9500, batch=8, rate=5e-4),
     "clip": Settings(steps=2000, batch=48, rate=1e-3),
     "descriptor": Settings(steps=1500, batch=48, rate=2e-3),
     "unet": Settings(steps=55000, batch=32, rate=5e-4, decay=0.16, average=0.999),
     "finetuned": Settings(steps=4000, batch=32, rate=1e-3),
-    "classes": Settings(steps=4000, batch=32, rate=1e-3),
+    "classes": Settings(steps=8000, batch=32, rate=1e-3),
 }
 
 

@@ -10,26 +10,25 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from basinlab.comparison import HELD_OUT, MAIN, methods, processes, run_grid
+from basinlab.comparison import HELD_OUT, MAIN, methods, processes, run_grid, summary
 from basinlab.guidance import describe
 from basinlab.models import data_folder
 from basinlab.scenarios import Judges, Scenario, read
 
+MEASURES = ("copied", "object_right", "new_and_right", "similarity", "clip_score")  # that are noted
+
 
 def tune(scenario: Scenario, parts: str | Path, device: str = "cpu", seeds=range(2), steps: int = 50) -> pd.DataFrame:
-    """One row a method and setting (0 to 3; given): copied, right and new_and_right, shares of n samples."""
+    """A `summary` of each method's settings (0 to 3; ``given``) on the held-out prompts, in five measures."""
     prompts = scenario.table("memorized").tail(HELD_OUT).reset_index(drop=True)
-    tried = {f"{name} #{i}": x for name, settings in methods(scenario).items() for i, x in enumerate(settings)}
+    tried = {(name, "CFG", i): x for name, settings in methods(scenario).items() for i, x in enumerate(settings)}
     total, silent = len(tried) * len(prompts) * len(seeds), not processes().is_main_process
     with tqdm(total=total, unit="sample", desc="tuning", disable=silent) as bar:
         denoiser, judges = scenario.load(device=device), Judges(scenario, device)
         table = run_grid(denoiser, prompts, seeds, tried, judges, parts, steps=steps, bar=bar)
-    table = table.rename(columns={"object_right": "right"})
-    shares = table.groupby("method", sort=False)[["copied", "right", "new_and_right"]].mean()
-    shares["n"] = table.groupby("method").size()
-    shares["given"] = [json.dumps([*map(describe, tried[name])]) for name in shares.index]
-    shares[["method", "setting"]] = [name.rsplit(" #", 1) for name in shares.index]
-    return shares.astype({"setting": int}).reset_index(drop=True)
+    rows = summary(table, by=["method", "setting"]).drop(columns="best")
+    given = [json.dumps([*map(describe, tried[of.method, "CFG", of.setting])]) for of in rows.itertuples()]
+    return rows[rows["measure"].isin(MEASURES)].assign(given=given)
 
 
 def main() -> None:
