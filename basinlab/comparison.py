@@ -37,7 +37,7 @@ HELD_OUT = 16  # of the main scenario's memorized prompts, the last ones: settin
 PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of pairs
     "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "pairs": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
     "reader": {"main": 4, "elsewhere": 2, "seeds": 2, "pairs": (3, 1), "steps": 25},
-    "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 2), "steps": 50},
+    "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 1), "steps": 50},
 }
 Setting = list
 
@@ -187,8 +187,9 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
     alone = {(name, "CFG"): setting for name, setting in chosen.items()}
     main, many = scenario.name not in SCENARIOS[1:], size["seeds"]
-    seeds = {group: range(many if main and group == "memorized" else min(2, many)) for group in parts}
-    grids = [("methods", x, rows, seeds[x], alone) for x, rows in parts.items() if main or x != "ordinary"]
+    seeds = {"memorized": range(many if main else min(2, many))}  # else one, as prompts are the units
+    parts = {group: rows for group, rows in parts.items() if main or group != "ordinary"}
+    grids = [("methods", group, rows, seeds.get(group, range(1)), alone) for group, rows in parts.items()]
     if scenario.name == MAIN:
         few = "memorized", spread(parts["memorized"], size["pairs"][0]), range(size["pairs"][1])
         grids.append(("pairs", *few, pairs(chosen)))

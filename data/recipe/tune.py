@@ -27,8 +27,9 @@ def tune(scenario: Scenario, parts: str | Path, device: str = "cpu", seeds=range
         denoiser, judges = scenario.load(device=device), Judges(scenario, device)
         table = run_grid(denoiser, prompts, seeds, tried, judges, parts, steps=steps, bar=bar)
     rows = summary(table, by=["method", "setting"]).drop(columns="best")
+    rows = rows[rows["measure"].isin(MEASURES)]
     given = [json.dumps([*map(describe, tried[of.method, "CFG", of.setting])]) for of in rows.itertuples()]
-    return rows[rows["measure"].isin(MEASURES)].assign(given=given)
+    return rows.assign(given=given)
 
 
 def main() -> None:
