@@ -139,7 +139,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 9", "Grid: DTP and OG + DTP.", lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied"), WEAK),
     ("Table 1", "95th percentile of the similarity: none .6504, STP .2857, OG + STP .3811.",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")),
-     "the points were tuned on another scenario"),
+     "which of four settings around the model's own point is taken was tuned on another scenario"),
     ("Table 2", "none .3702, CFG from 700 .3018, from 600 .2756.", lambda: lower("emoji-classes", "STP"),
      "a copy is one of twenty pictures of a class"),
     ("Table 3", "none .7977, DTP .5885, OG + DTP .6915 (mean .5513, .2866, .2844).",

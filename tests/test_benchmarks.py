@@ -36,7 +36,7 @@ text[1] = 1
 torch.manual_seed(42)
 for number in range(2):
     scheduler.set_timesteps(4)
-    latents = torch.randn((1, 4, 16, 16), device="cuda")
+    latents = torch.randn((1, 4, 12, 12), device="cuda")
     for t in scheduler.timesteps:
         with torch.no_grad():
             u, c = unet(torch.cat([latents] * 2), t, encoder_hidden_states=text).sample.chunk(2)
