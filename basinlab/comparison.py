@@ -149,7 +149,7 @@ def run_grid(
         names = dict(zip(("method", "rule", "setting"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
-        file = " ".join(str(x) for x in names.values() if x is not None)
+        file = " ".join(map(str, names.values()))
         return kept(folder, file, settings, lambda: made(setting, rows)).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
@@ -186,10 +186,10 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
     alone = {(name, "CFG"): setting for name, setting in chosen.items()}
-    main, many = scenario.name not in SCENARIOS[1:], size["seeds"]
-    seeds = {"memorized": range(many if main else min(2, many))}  # else one, as prompts are the units
-    parts = {group: rows for group, rows in parts.items() if main or group != "ordinary"}
-    grids = [("methods", group, rows, seeds.get(group, range(1)), alone) for group, rows in parts.items()]
+    if elsewhere := scenario.name in SCENARIOS[1:]:
+        parts.pop("ordinary", None)
+    seeds = range(min(2, size["seeds"]) if elsewhere else size["seeds"])  # of other groups one: prompts are the units
+    grids = [("methods", x, rows, seeds if x == "memorized" else range(1), alone) for x, rows in parts.items()]
     if scenario.name == MAIN:
         few = "memorized", spread(parts["memorized"], size["pairs"][0]), range(size["pairs"][1])
         grids.append(("pairs", *few, pairs(chosen)))

@@ -223,21 +223,22 @@ def _starts(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
         rows = rows[rows["prompt"].isin(others)]
         claims.share(f"memorized, {name} until {start}: copied", rows["copied"], most=most)
         claims.share(f"memorized, {name} until {start}: object right", rows["object_right"], least=least)
-        if "sscd" in rows:
-            _similarity(claims, f"memorized, {name} until {start}: SSCD to the attractor", rows, most=0.25)
+        _similarity(claims, f"memorized, {name} until {start}: SSCD to the attractor", rows, most=0.25)
 
 
 def _similarity(claims: Claims, claim: str, rows: pd.DataFrame, **goal) -> None:
-    claims.number(claim, rows["sscd"].mean(), *over_prompts(rows, lambda part: part["sscd"].mean()), len(rows), **goal)
+    """The mean of the column sscd, where SSCD's student was at hand."""
+    if "sscd" in rows:
+        interval = over_prompts(rows, lambda part: part["sscd"].mean())
+        claims.number(claim, rows["sscd"].mean(), *interval, len(rows), **goal)
 
 
 def _judges(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
     """Judges that this world did not train: SSCD's student, and a plain correlation of pixels."""
-    for guidance, goal in (("cfg", {"least": 0.55}), ("none", {"most": 0.1})):
-        rows = table.query("group == 'memorized' and guidance == @guidance")
-        if "sscd" in rows:
-            name = {"cfg": "CFG from T", "none": "unguided"}[guidance]
-            _similarity(claims, f"memorized, {name}: SSCD to the attractor", rows, **goal)
+    memorized = table[table["group"] == "memorized"].groupby("guidance")
+    for guidance, name, goal in (("cfg", "CFG from T", {"least": 0.55}), ("none", "unguided", {"most": 0.1})):
+        rows = memorized.get_group(guidance)
+        _similarity(claims, f"memorized, {name}: SSCD to the attractor", rows, **goal)
     rows = table.query("group in ('memorized', 'sweep')")
     held_out = rows["prompt"].isin(scenario.table("memorized")["prompt"].tail(HELD_OUT))
     known, rest = rows[held_out], rows[~held_out]
