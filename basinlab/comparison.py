@@ -220,12 +220,15 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
 
 
 def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> pd.DataFrame:
-    """The table of the bundled scenarios: the kept one, if it is of this profile, these weights, judges and methods."""
+    """The table of the bundled scenarios: the kept one, if these weights, judges and methods made it, or a new one.
+
+    The kept one has the profile "paper"; it serves for "reader" too. A new one is sampled in ``profile``.
+    """
     scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
-    if profile == "paper" and path.exists():
-        if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, profile):
+    if profile != "tiny" and path.exists():
+        if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, "paper"):
             return table
-        processes().print(f"{path} was made with other weights, judges or methods: made anew")
+        processes().print(f"{path} was made with other weights, judges or methods: sampled anew, profile {profile}")
     return pd.concat([compare(scenario, profile, folder) for scenario in scenarios], ignore_index=True)
 
 

@@ -99,11 +99,7 @@ class MixtureDenoiser(Denoiser):
 
 
 class PlaneDistance:
-    """Euclidean distance as D.
-
-    >>> PlaneDistance()(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)).tolist()
-    [5.0]
-    """
+    """Euclidean distance as D."""
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:  # [A, B]
         return torch.cdist(a.flatten(1).double(), b.flatten(1).double())

@@ -38,7 +38,7 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "initial noise": (_PALETTE[2], ("Han, per sample", "Han, batch-wise", "SAIL")),
     "guidance over time": (_PALETTE[1], ("interval", "schedule")),
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
-    "since the paper": (_PALETTE[6], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
+    "since the paper": (_PALETTE[5], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
 _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are shares of duplicates
     ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
@@ -46,7 +46,7 @@ _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are s
     ("ordinary, CFG", "object right", "static"),
     ("memorized, CFG", "captured", "copied", "difference"),
 )
-COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": "black"}
+COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": _PALETTE[4]}
 COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
 _STYLES = {"measured": ("-", 1.5), "static": (":", 3.5), "dynamic": ("--", 1.5)}  # of points: line and its width
@@ -62,7 +62,7 @@ def use_theme() -> None:
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
     """Write NAME.png, NAME.pdf and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
 
-    Those are what it was made from: weights, prompts, seeds, guidance. Pictures alone become a small PNG, and no PDF.
+    Those are what it was made from: weights, prompts, seeds, guidance. A PNG has 256 colours; pictures alone no PDF.
     """
     folder, lock = output_folder() / "figures", output_folder() / "build" / "manifest.lock"
     for parent in (folder, lock.parent):
@@ -71,7 +71,7 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
     for suffix in (".png", ".pdf") if lines else (".png",):
         part = folder / f"{name}.part{suffix}"
         figure.savefig(part, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else {})
-        if not lines:
+        if suffix == ".png":
             Image.open(part).convert("RGB").quantize(256).save(part, optimize=True)
         os.replace(part, folder / f"{name}{suffix}")
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
@@ -239,13 +239,13 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     axis = axis or plt.subplots(figsize=(8.6, 4.6))[1]
     shade, grid = sns.light_palette(COLOURS["captured"], as_cmap=True), shares.pivot(index="push", columns="t")["value"]
     drawn = axis.pcolormesh(grid.columns, grid.index, grid, cmap=shade, vmin=0, vmax=1.4, shading="nearest")
-    bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "left", "pad": 0.02}
+    bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "top", "shrink": 0.4, "aspect": 30}
     axis.figure.colorbar(drawn, ax=axis, label="share captured", **bar)
     top = float(grid.index.max())
     axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
     for name, part in paths.groupby("name", sort=False):
         axis.plot(part["t"], part["value"], color=COLOURS[name], linewidth=1.8, label=name)
-    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()), top), xlabel="timestep t", yticks=[0, 1])
+    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()) - 0.05, top), xlabel="timestep t", yticks=[0, 1])
     axis.set_yticklabels(["captured", "unguided"])
     thumbnails(axis, ends, right=True)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=9)
@@ -284,10 +284,10 @@ def planes(panels: Mapping[str, Mapping], limit: float) -> Figure:
 
 
 def _address(picture: Tensor) -> str:
-    """A picture [3, h, w] in 0..1 as a small PNG in a data address."""
+    """A picture [3, h, w] in 0..1 as a small file in a data address."""
     pixels, buffer = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()), io.BytesIO()
-    pixels.quantize(64).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    pixels.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):

@@ -57,11 +57,11 @@ def told(row, form: str = ".2f") -> str:
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}], n = {row['n']:.0f}"
 
 
-def claim(name: str, start: str, form: str = ".2f") -> tuple[str, str]:
-    """What was found of the claim in figures/NAME.csv whose text begins so, and its verdict."""
+def claim(name: str, start: str, form: str = ".2f", what: str = "") -> tuple[str, str]:
+    """What was found of the claim in figures/NAME.csv whose text begins so, after ``what`` it is; and its verdict."""
     found = table(name)
     row = found[found["claim"].str.startswith(start)].iloc[0]
-    return told(row, form), row["verdict"]
+    return what + told(row, form), row["verdict"]
 
 
 def both(*found: tuple[str, str]) -> tuple[str, str]:
@@ -73,10 +73,9 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    text = f"half escape at {first['value']:.2g} of the way to the unguided state at t = {first['t']:.0f}, "
-    text += (
-        f"at {last['value']:.2f} [{last['low']:.2f}, {last['high']:.2f}] at t = {last['t']:.0f} (n = {last['n']:.0f})"
-    )
+    begin = f"half escape at {first['value']:.2g} of the way" if first["value"] < 9 else "no pushed state escapes"
+    end = f"{last['value']:.2f} [{last['low']:.2f}, {last['high']:.2f}] of the way to the unguided state"
+    text = f"{begin} at t = {first['t']:.0f}; half do at {end} at t = {last['t']:.0f} (n = {last['n']:.0f})"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
@@ -87,14 +86,15 @@ def flips(before: str) -> tuple[str, str]:
         copies, new = rows.loc[rows["copied"], "start"], rows.loc[~rows["copied"], "start"]
         parts.append(f"{copies.min():.0f} / {new.max():.0f}" if len(copies) and len(new) else "no flip")
         found.append(len(copies) > 0 and len(new) > 0 and copies.min() > new.max())
-    return "last copy / first new picture: " + ", ".join(parts), "yes" if all(found) else "no"
+    word = "yes" if all(found) else "undecided" if any(found) else "no"
+    return "last copy / first new picture: " + ", ".join(parts), word
 
 
 def signature() -> tuple[str, str]:
     lines = table("02_magnitude").query("panel == 'no guidance'")
     first = lines[lines["t"] == lines["t"].max()].groupby("name")["value"].median()
     ratio = first["memorized"] / first["ordinary"]
-    text = f"medians at T {first['memorized']:.2f} against {first['ordinary']:.2f}, {ratio:.1f} to 1; "
+    text = f"medians at T {first['memorized']:.2f} against {first['ordinary']:.2f}, {ratio:.1f} times as much; "
     near, verdict = claim("02_claims", "it is the exit")
     return text + f"minimum within 60 timesteps of the measured point: {near}", verdict if ratio >= 4 else "no"
 
@@ -116,36 +116,42 @@ def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[s
     return f"{method} {told(own)}, CFG {told(cfg)}", verdict
 
 
-WEAK = "memories of a small share of duplicates have a shallow basin, and a small dip"
+WEAK = "captions with few duplicates are held weakly, and their dip is small"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
      "few trajectories of one prompt"),
     ("Fig. 2", "One prompt: the last copy at 779, the first new picture at 759.",
-     lambda: flips("no guidance before"), "some samples are copied at no start, or at every one"),
+     lambda: flips("no guidance before"), "of some shares of duplicates no sample flips"),
     ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner.",
-     lambda: both(flips("opposite guidance before"), claim("02_claims", "opposite guidance leaves sooner", ".0f")),
+     lambda: both(flips("opposite guidance before"),
+                  claim("02_claims", "opposite guidance leaves sooner", ".0f", "sooner by ")),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
      cliff, "how gently a model was fine-tuned sets whether it has an exit"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: claim("03_claims", "STP, finetuned, memorized: copied"), "this model's basin is left later, or never"),
+     lambda: claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
+     "this model's basin is left later, or never"),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the dynamic column is new.",
-     lambda: both(claim("02_claims", "the outcome flips once"), claim("02_claims", "DTP: nothing is memorized")),
+     lambda: both(claim("02_claims", "the outcome flips once", what="samples with one flip: "),
+                  claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
      WEAK),
     ("Fig. 7", "Magnitude at T 4 to 8 against 0.3 to 0.5; it falls almost vertically at the exit, each at its time.",
      signature, WEAK),
     ("Fig. 8", "Grid: training picture, earlier methods, STP, OG + STP.",
-     lambda: claim("03_claims", "OG + STP, finetuned, memorized: copied"), "its basin is left later, or never"),
-    ("Fig. 9", "Grid: DTP and OG + DTP.", lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied"), WEAK),
+     lambda: claim("03_claims", "OG + STP, finetuned, memorized: copied", what="copied under OG + STP: "),
+     "its basin is left later, or never"),
+    ("Fig. 9", "Grid: DTP and OG + DTP.",
+     lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied", what="copied under OG + DTP: "), WEAK),
     ("Table 1", "95th percentile of the similarity: none .6504, STP .2857, OG + STP .3811.",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")),
-     "which of four settings around the model's own point is taken was tuned on another scenario"),
+     "STP's setting, one of four around this model's own point, was tuned on emoji-duplicated"),
     ("Table 2", "none .3702, CFG from 700 .3018, from 600 .2756.", lambda: lower("emoji-classes", "STP"),
      "a copy is one of twenty pictures of a class"),
     ("Table 3", "none .7977, DTP .5885, OG + DTP .6915 (mean .5513, .2866, .2844).",
      lambda: both(lower("emoji-duplicated", "DTP"), lower("emoji-duplicated", "OG + DTP")),
      "the 95th percentile is that of the few samples which a rule leaves copied"),
-    ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.", lambda: claim("02_claims", "no extra cost", ".0f"), ""),
+    ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.",
+     lambda: claim("02_claims", "no extra cost", ".0f", "most predictions an image, CFG 100: "), ""),
 ]  # fmt: skip
 
 
@@ -195,7 +201,7 @@ def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:
 def page() -> str:
     """The text of paper.md, as the tables in figures/ have it."""
     manifest = json.loads((FIGURES / "manifest.json").read_text())
-    lines = "\n".join(row(*item, manifest) for item in ITEMS).replace(" inf", " ∞")
+    lines = "\n".join(row(*item, manifest) for item in ITEMS)
     beliefs = "\n".join(belief(*item) for item in BELIEFS)
     return f"{HEAD}{lines}\n\n## What we now believe\n\n{beliefs}\n{TAIL}"
 

@@ -56,12 +56,6 @@ def test_the_kept_evaluation_is_of_these_weights_and_covers_the_plan(kept, bundl
         evaluate.read_evaluation(bundled)
 
 
-@pytest.fixture
-def light(monkeypatch, tiny):
-    """Scenarios load a small random network, where it does not matter what is sampled."""
-    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)
-
-
 def test_the_scorecard_the_radius_and_the_layout_floor_are_the_committed_ones(kept, bundled):
     negatives = scorecard.negatives_of(kept, MAIN, metrics.CopyDistance())
     assert scorecard.calibrate_radius(negatives) == MAIN.radius
@@ -85,7 +79,8 @@ def test_kept_rows_are_what_sampling_gives_now(bundled, kept):
     assert found["copied"] == row["copied"] and found["clip_score"] == pytest.approx(row["clip_score"], abs=1e-3)
 
 
-def test_the_evaluation_gives_all_that_is_kept_and_its_scorecard_asks_for(kept, light, tiny, tmp_path, monkeypatch):
+def test_the_evaluation_gives_all_that_is_kept_and_its_scorecard_asks_for(kept, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenarios.Scenario, "load", lambda *_, **__: tiny)  # it does not matter what is sampled
     scenario, (pictures, names) = replace(MAIN, second_copy="descriptor"), scenarios.unseen_scenes()
     monkeypatch.setattr(scorecard, "unseen_scenes", lambda: (pictures[:24], names[:24]))
     few = {group: MAIN.table(group).groupby("share", sort=False).tail(2) for group in ("memorized", "template")}
