@@ -1,19 +1,19 @@
 """How near the U-Net is to what this machine's convolutions and matrix products allow at the same shapes.
 
 Every convolution, linear layer and attention of one forward is timed alone; their sum is this network's limit here.
-What the forward takes beyond it are normalisations, activations, memory traffic and Python.
+What the forward takes beyond it are normalisations, activations, memory and Python. Beside it, what might save some.
 
     python benchmarks/limits.py --dtype bfloat16
 """
 
 import argparse
+import copy
 from collections import Counter
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from common import by_column, seconds_of, write
-from torch.utils.flop_counter import FlopCounterMode
 
 import basinlab
 
@@ -46,28 +46,24 @@ def kernels(forward, unet: torch.nn.Module) -> tuple[Counter, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
-    rows, dtype = 64, getattr(torch, options.dtype)  # two predictions of 32 samples
-    denoiser = basinlab.load("emoji-duplicated", dtype=dtype)
+    name, rows = parser.parse_args().dtype, 64  # two predictions of 32 samples
+    denoiser = basinlab.load("emoji-duplicated", dtype=(dtype := getattr(torch, name)))
     latents, embedding = torch.randn(rows, *denoiser.latent_shape, dtype=dtype), denoiser.embed([""])
-    forward, square = partial(denoiser, latents, 500, embedding.expand(rows, -1, -1)), torch.randn(2048, 2048).to(dtype)
-    with FlopCounterMode(display=False) as counter:
-        counts, alone = kernels(forward, denoiser.unet)
-    operations, found = counter.get_total_flops(), []
+    forward, found = partial(denoiser, latents, 500, embedding.expand(rows, -1, -1)), []
+    counts, alone = kernels(forward, denoiser.unet)
+    others = {name: copy.deepcopy(denoiser) for name in ("channels last", "torch.compile")}
+    others["channels last"].unet.to(memory_format=torch.channels_last)
+    others["torch.compile"].unet.compile()
+    others = {f"forward / with {name}": partial(other, *forward.args) for name, other in others.items()}
     with torch.inference_mode():
+        others["forward / with torch.compile"]()  # which compiles
         for _ in range(5):
             whole = min(seconds_of(forward) for _ in range(3))
             bare = sum(n * min(seconds_of(alone[name]) for _ in range(3)) for name, n in counts.items())
-            product = min(seconds_of(lambda: square @ square) for _ in range(3))
-            found.append({
-                "kernels alone / forward": bare / whole,
-                "forward, GFLOP/s": operations / whole / 1e9,
-                "kernels alone, GFLOP/s": operations / bare / 1e9,
-                "large matrix product, GFLOP/s": 2 * 2048**3 / product / 1e9,
-                "forward, ms a row": whole / rows * 1000,
-            })  # fmt: skip
-    note = f"{len(counts)} shapes of {sum(counts.values())} kernels, {rows} rows, {options.dtype}"
-    write(f"limits-{options.dtype}", by_column(found), f"{note}, {torch.get_num_threads()} threads")
+            tried = {name: whole / min(seconds_of(other) for _ in range(3)) for name, other in others.items()}
+            found.append({"kernels alone / forward": bare / whole, "forward, ms a row": whole / rows * 1000} | tried)
+    note = f"{len(counts)} shapes of {sum(counts.values())} kernels, {rows} rows, {torch.get_num_threads()} threads"
+    write(f"limits-{name}", by_column(found), note)
 
 
 if __name__ == "__main__":
