@@ -6,6 +6,7 @@ A method has a name and *settings*: each a list of mitigations that ends in a gu
 """
 
 import argparse
+import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,10 @@ PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, p
 Setting = list
 
 
+# of the bundled world the four settings lie around the scenario's own points, or the authors' constants, rescaled:
+# latents have a quarter of the norm, embeddings a deviation of 0.45
 def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong."""
-    # the four lie around the scenario's own points, or the authors' constants, rescaled:
-    # latents have a quarter of the norm, embeddings a deviation of 0.45
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     stp, og = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
 
@@ -56,6 +57,7 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
     words, fifth = [(1,), (2,), (4,), (8,)], g.StaticTransitionPoint(899 if bundled else 919, s)  # the fifth step
     guards = [(0.6, s / 8), (0.3, s / 3.75), (0.3, s / 2.5), (0.1, s / 2)] if bundled else [(0.3, s / 3.75)]
     ordinary, apg = ordinary_prompts(scenario), [(s, None, norm, None, 0) for norm in (7.5, 3.75, 2, 1)]
+    dips, pushes = ((1, 0), (0, 0), (0, 100), (0, 200)), ((100, 0.5), (50, 1), (0, 1), (0, 2))
     every = {
         "CFG": [[g.ConstantGuidance(s)]],
         "lower scale": settings(g.ConstantGuidance, [s / 2], [(s * part,) for part in (0.6, 0.4, 0.3, 0.2)]),
@@ -72,12 +74,8 @@ def methods(scenario: Scenario) -> dict[str, list[Setting]]:
         "interval": settings(g.GuidanceInterval, (800, 100, s), [(t, 100, s) for t in (800, 700, 600, 500)]),
         "schedule": settings(g.ScheduledGuidance, ("linear", s), [(n, s) for n in ("v", "a", "linear", "cosine")]),
         "STP": settings(g.StaticTransitionPoint, (stp, s), [(stp + x, s) for x in (100, 0, -100, -200)]),
-        "DTP": settings(
-            g.DynamicTransitionPoint, (s,), [(s, n, stp - x) for n, x in ((1, 0), (0, 0), (0, 100), (0, 200))]
-        ),
-        "OG + STP": settings(
-            g.OppositeGuidance, (og, s, push), [(og + x, s, o) for x, o in ((100, 0.5), (50, 1), (0, 1), (0, 2))]
-        ),
+        "DTP": settings(g.DynamicTransitionPoint, (s,), [(s, n, stp - x) for n, x in dips]),
+        "OG + STP": settings(g.OppositeGuidance, (og, s, push), [(og + x, s, o) for x, o in pushes]),
         "OG + DTP": settings(g.OppositeGuidance, (None, s, push), [(None, s, o) for o in (0.25, 0.5, 1, 2)]),
         "GUARD": [[m.SpikeDamping(scale), g.AttractRepel(s, repel)] for scale, repel in guards],
         "PRSS": settings(m.Reanchoring, (), [(t,) for t in (0.4, 0.2, 0.1, 0.05)]),
@@ -108,8 +106,14 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
 
 def tuned(scenario: Scenario) -> dict[str, Setting]:
     """Methods at the setting best on the held-out prompts, or at their only one; one not tuned yet is left out."""
-    every, path = methods(scenario), data_folder() / MAIN / "tuning.csv"
-    best = best_settings(pd.read_csv(path)) if path.exists() else {}
+    every, path, best = methods(scenario), data_folder() / MAIN / "tuning.csv", {}
+    if path.exists():
+        tuning = pd.read_csv(path)
+        given = tuning.drop_duplicates(["method", "setting"]).set_index(["method", "setting"])["given"]
+        best = {name: k for name, k in best_settings(tuning).items() if name in every}
+        if scenario.name == MAIN:  # other models have other points
+            told = {name: json.dumps([*map(describe, every[name][k])]) for name, k in best.items()}
+            best = {name: k for name, k in best.items() if given[name, k] == told[name]}
     best |= {name: 0 for name, tried in every.items() if len(tried) == 1}
     if missing := [name for name in every if name not in best]:
         warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
@@ -140,6 +144,8 @@ def run_grid(
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
 
     def made(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+        for part in (part for part in setting if isinstance(part, m.StabilityRegion)):
+            part.norms(denoiser, steps, type(denoiser.scheduler).__name__)  # once a model, so not in the time
         given, began = (denoiser, rows["prompt"].tolist(), seeds, setting), time.perf_counter()
         run = sample(*given, **options, batch_size=batch_size, record=False, progress=False)
         seconds = (time.perf_counter() - began) / len(run)
@@ -265,7 +271,8 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     """One row a group of ``by`` and measure that was made: value, low, high (95%), n samples, prompts, and ``best``.
 
     Intervals are bootstraps over prompts; that of CMMD, to the image features ``real`` [N, F], is a jackknife. ``best``
-    is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's.
+    is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's, and
+    left out without it.
     """
     table, rows = table.assign(similarity=1 - table["distance"].fillna(table["nearest"])), []
     groups = table.groupby(list(by), sort=False)
@@ -274,16 +281,19 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     for key, part in groups:
         found = {name: _measured(part, name, real) for name in MEASURES}
         rows += [(*key, name, *numbers) for name, numbers in found.items() if numbers]
-    rows = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]).assign(best="")
+    rows, absolute = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]), []
+    rows["best"] = ""
     for _, part in rows.groupby([*(name for name in by if name != "method"), "measure"]):
         more, cfg = MEASURES[part["measure"].iloc[0]][1], part.loc[part["method"] == "CFG", "value"]
-        if more is None and len(cfg) and cfg.iloc[0]:
+        if more is None and cfg.empty:
+            absolute += [*part.index]
+        elif more is None and cfg.iloc[0]:
             rows.loc[part.index, ["value", "low", "high"]] /= cfg.iloc[0]
         elif more is not None:
             top = part.loc[part["value"].idxmax() if more else part["value"].idxmin()]
             tied = (part["low"] <= top["high"]) & (part["high"] >= top["low"])
             rows.loc[part.index, "best"] = np.where(part.index == top.name, "best", np.where(tied, "tied", ""))
-    return rows
+    return rows.drop(absolute)
 
 
 def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:

@@ -154,12 +154,6 @@ def bisect(denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_
     Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures
     [N, 3, height, width], of the samples with these N indices, are captured, [N] bool, and ``judged_by`` by what, on
     which files in ``folder`` depend. Options are those of `sweep`. Gives the columns of `flip_table`, and calls.
-
-    >>> from basinlab import MixtureDenoiser, PlaneDistance
-    >>> world, distance = MixtureDenoiser.with_duplicate(), PlaneDistance()
-    >>> found = bisect(world, "memorized", [0, 1], lambda x, _: distance(x, world.duplicate) < 1, progress=False)
-    >>> found["free_at"].tolist()
-    [440.0, 360.0]
     """
     forks = _Forks(denoiser, prompts, seeds, starts, **options)
     if forks.folder is not None and not judged_by:

@@ -19,9 +19,6 @@ class MixtureDenoiser(Denoiser):
     """The exact epsilon of a Gaussian mixture in the plane, by default on Stable Diffusion's noise schedule.
 
     ``centres`` [K, 2] and ``deviations`` [K] are of the components; a prompt, "" for none, has K weights.
-
-    >>> MixtureDenoiser.with_duplicate().draw(5, "memorized").shape
-    torch.Size([5, 2, 1, 1])
     """
 
     latent_shape = (2, 1, 1)

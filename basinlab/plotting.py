@@ -49,7 +49,7 @@ _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are s
 COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": _PALETTE[4]}
 COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
 COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
-_STYLES = {"measured": ("-", 1.5), "static": (":", 3.5), "dynamic": ("--", 1.5)}  # of points: line and its width
+_STYLES = {"measured": ("-", 1.5), "static": (":", 3.5), "dynamic": ("--", 1.5)}  # of points' lines, and widths
 
 
 def use_theme() -> None:
@@ -177,11 +177,8 @@ def dots(
             axis.plot([], [], "s", color="none", markeredgecolor=COLOURS["copied"], label="a copy")
     for _, axis, rows in panels:  # when all is drawn: they share an axis
         axis.set(**axes)
-        if not pd.api.types.is_numeric_dtype(rows[x]):
-            if rows[x].nunique() > 12:
-                axis.set(xticks=[], xlabel=f"{rows[x].nunique()}, in order")
-            elif rows[x].astype(str).str.len().sum() > 30:  # they would overlap
-                plt.setp(axis.get_xticklabels(), rotation=30, horizontalalignment="right")
+        if not pd.api.types.is_numeric_dtype(rows[x]) and rows[x].astype(str).str.len().sum() > 30:  # would overlap
+            plt.setp(axis.get_xticklabels(), rotation=30, horizontalalignment="right")
     if axis.get_legend_handles_labels()[1]:
         axis.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -191,6 +191,8 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
     made. Yields after each step the clean latents predicted [B, C, H, W] and the guidance magnitude [B].
     """
     denoiser, timesteps = state.denoiser, state.scheduler.timesteps
+    if state.spikes is not None and "pred_positive" not in guidance._input_predictions:
+        raise ValueError(f"{type(guidance).__name__} asks for no prediction with damped spikes: give AttractRepel")
     takes_noise = "generator" in inspect.signature(state.scheduler.step).parameters
     for step in range(first, len(timesteps)):
         t = timesteps[step]
@@ -211,7 +213,7 @@ def sampling_steps(state: State, guidance: BaseGuidance, first: int = 0, measure
         if len(bad := (~state.latents.isfinite()).flatten(1).any(dim=1).nonzero()):
             which = f"{state.prompts[bad[0]]!r}, seed {state.seeds[bad[0]]}, are not finite after step {step}"
             raise FloatingPointError(f"latents of {which} (t = {int(t)}): use float32, a smaller scale or more steps")
-        conditional, unconditional = (predictions.get(name, torch.nan) for name in BOTH)
+        conditional, unconditional = (predictions.get(name, torch.full_like(clean, torch.nan)) for name in BOTH)
         yield clean, (conditional - unconditional).flatten(1).float().norm(dim=1).cpu()
 
 

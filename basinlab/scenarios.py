@@ -60,7 +60,6 @@ class Scenario:
     prompts: dict  # group -> file, format (of `read_list`) and url of a list, or texts (name -> prompt)
     static_transition_point: int
     guidance_scale: float = 7.5
-    steps: int = 50
     opposite_scale: float = 2.0
     opposite_until: int | None = None  # None: until the static transition point
     unet: str | None = None

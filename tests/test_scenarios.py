@@ -31,7 +31,7 @@ def written(folder, **changed):
 def test_the_papers_have_the_constants_of_the_official_commands():
     assert scenarios.names() == sorted([*PAPERS, *BUNDLED])
     found = {name: scenarios.read(name) for name in PAPERS}
-    assert all((s.guidance_scale, s.steps, s.copy, s.radius) == (7.5, 50, "sscd", 0.5) for s in found.values())
+    assert all((s.guidance_scale, s.copy, s.radius) == (7.5, "sscd", 0.5) for s in found.values())
     laion, classes = found["sd21-laion10k"], found["sd21-imagenette"]
     assert (laion.static_transition_point, laion.opposite_until, laion.opposite_scale) == (500, 650, 2.0)
     assert (laion.resolution, classes.resolution, classes.static_transition_point) == (256, 256, 600)
