@@ -31,7 +31,7 @@ help:
 	@echo "make world    train the bundled models anew       (hours on a CPU, minutes on a GPU; resumes)"
 	@echo "              MINUTES=10 stops at a checkpoint after 10 minutes; SMOKE=1 tries it all at toy size (3 minutes)"
 	@echo "make evaluate sample all that the scorecard rests on (about 40 minutes on 2 cores; resumes)"
-	@echo "make tune     try the settings of every mitigation  (9 minutes on 2 cores; resumes)"
+	@echo "make tune     try the settings of every mitigation  (13 minutes on 2 cores; resumes)"
 	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
 	@echo "make site     pages of the notebooks, in build/site (seconds)"
 	@echo "make bench    time it all against diffusers' pipeline and this machine's limits (about an hour)"
@@ -89,7 +89,7 @@ evaluate: $(INSTALLED)
 	@PYTHONPATH=.:data $(PY) -m recipe.evaluate
 
 tune: $(INSTALLED)
-	@echo "tune: trying all settings of all mitigations on held-out prompts (9 minutes on 2 cores; stop it and call again to go on)"
+	@echo "tune: trying all settings of all mitigations on held-out prompts (13 minutes on 2 cores; stop it and call again to go on)"
 	@PYTHONPATH=.:data $(PY) -m recipe.tune
 
 compare: $(INSTALLED)

@@ -296,11 +296,11 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
     import altair as alt
     from IPython.display import HTML
 
-    rows = samples.merge(curves.rename(columns={"t": "start"}), "left", on=["prompt", "seed", "before", "start"])
-    when = rows["start"].map(lambda t: f"from t = {t}" if t else "never")
-    labels = when + rows["copied"].map({True: ": copy", False: ": new"})
+    keys = ["prompt", "seed", "before", "start"]
+    rows = samples[[*keys, "copied", "picture"]].merge(curves.rename(columns={"t": "start"}), "left", on=keys)
+    labels = rows["start"].map(lambda t: f"from {t}" if t else "never") + np.where(rows["copied"], ": copy", ": new")
     rows = rows.assign(picture=rows["picture"].map(_address), label=labels, k=(-rows["start"]).rank(method="dense") - 1)
-    ways = ways.merge(rows[["prompt", "seed", "before", "start", "k", "copied"]])
+    ways = ways.round(2).merge(rows[[*keys, "k", "copied"]])
     options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
     menus = {name: alt.binding_select(options=given, name=f"{name} ") for name, given in options.items()}
     choices = [alt.param(name=name, value=options[name][0], bind=menu) for name, menu in menus.items()]

@@ -65,7 +65,8 @@ def seconds_expected(notebook: nbformat.NotebookNode, pace: float) -> int | None
 
 def is_bar(output: nbformat.NotebookNode) -> bool:
     """Whether an output is a progress bar, which tells another time in every run."""
-    drawn = output.output_type == "stream" and output.name == "stderr" and "\r" in output.text
+    text = output.text if output.output_type == "stream" and output.name == "stderr" else "anything"
+    drawn = "\r" in text or not text.strip()
     return drawn or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
