@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from filelock import FileLock
-from matplotlib import colors
+from matplotlib import colors, image
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage, TextArea, VPacker
@@ -62,13 +62,13 @@ def use_theme() -> None:
 def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None:
     """Write NAME.png, NAME.pdf and ``data`` as NAME.csv into figures/; note ``inputs`` in manifest.json there.
 
-    Those are what it was made from: weights, prompts, seeds, guidance. A PNG has 256 colours; pictures alone no PDF.
+    Those are what it was made from: weights, prompts, seeds, guidance. A PNG has 256 colours; no PDF holds pictures.
     """
     folder, lock = output_folder() / "figures", output_folder() / "build" / "manifest.lock"
     for parent in (folder, lock.parent):
         parent.mkdir(parents=True, exist_ok=True)
-    lines = any(axis.lines or axis.collections for axis in figure.axes)
-    for suffix in (".png", ".pdf") if lines else (".png",):
+    pictures = figure.findobj(lambda part: isinstance(part, OffsetImage | image.AxesImage))
+    for suffix in (".png",) if pictures else (".png", ".pdf"):
         part = folder / f"{name}.part{suffix}"
         figure.savefig(part, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else {})
         if suffix == ".png":
@@ -324,6 +324,6 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
     right = alt.layer(way.mark_line(color="lightgray").encode(detail="start:N"), own).properties(width=270)
     chart = alt.hconcat(left, alt.layer(picture, label).properties(width=200), right).add_params(*choices)
     chart = chart.configure_view(stroke=None, continuousHeight=220)
-    page = html.escape(chart.to_html(inline=True, embed_options={"renderer": "svg"}))
+    page = html.escape(chart.to_html(inline=True, embed_options={"renderer": "svg"}), False).replace("'", "&#x27;")
     frame = 'width="100%" height="420" style="border: 0" title="the start of guidance, to be dragged"'
-    return HTML(f'<div><iframe srcdoc="{page}" {frame}></iframe></div>')
+    return HTML(f"<div><iframe srcdoc='{page}' {frame}></iframe></div>")
