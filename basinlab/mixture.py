@@ -19,6 +19,9 @@ class MixtureDenoiser(Denoiser):
     """The exact epsilon of a Gaussian mixture in the plane, by default on Stable Diffusion's noise schedule.
 
     ``centres`` [K, 2] and ``deviations`` [K] are of the components; a prompt, "" for none, has K weights.
+
+    >>> MixtureDenoiser.with_duplicate().draw(5, "memorized").shape
+    torch.Size([5, 2, 1, 1])
     """
 
     latent_shape = (2, 1, 1)
@@ -96,7 +99,11 @@ class MixtureDenoiser(Denoiser):
 
 
 class PlaneDistance:
-    """Euclidean distance as D."""
+    """Euclidean distance as D.
+
+    >>> PlaneDistance()(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)).tolist()
+    [5.0]
+    """
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:  # [A, B]
         return torch.cdist(a.flatten(1).double(), b.flatten(1).double())

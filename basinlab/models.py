@@ -329,5 +329,9 @@ def without_bars():
 
 
 def read_pictures(paths: Sequence[str | Path]) -> Tensor:
-    """Pictures of one size as [B, 3, height, width] float32 in 0..1."""
+    """Pictures of one size as [B, 3, height, width] float32 in 0..1.
+
+    >>> read_pictures([data_folder() / "unseen" / "000.png"]).shape[:2]
+    torch.Size([1, 3])
+    """
     return torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths])

@@ -324,6 +324,6 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
     right = alt.layer(way.mark_line(color="lightgray").encode(detail="start:N"), own).properties(width=270)
     chart = alt.hconcat(left, alt.layer(picture, label).properties(width=200), right).add_params(*choices)
     chart = chart.configure_view(stroke=None, continuousHeight=220)
-    page = html.escape(chart.to_html(inline=True, embed_options={"renderer": "svg"}), False).replace("'", "&#x27;")
+    page = html.escape(chart.to_html(inline=True, embed_options={"renderer": "svg"}))
     frame = 'width="100%" height="420" style="border: 0" title="the start of guidance, to be dragged"'
-    return HTML(f"<div><iframe srcdoc='{page}' {frame}></iframe></div>")
+    return HTML(f'<div><iframe srcdoc="{page}" {frame}></iframe></div>')

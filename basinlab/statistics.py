@@ -48,11 +48,7 @@ def quantile_interval(values: Sequence[np.ndarray]) -> tuple[float, float, float
 
 
 def told(value, low=None, high=None, n: int | None = None, form: str = ".0%") -> str:
-    """A value, or a table's row with one, with its 95% interval and number of samples, as text.
-
-    >>> told(0.571, 0.52, 0.61, 48)
-    '**57%** (52% to 61%, n = 48)'
-    """
+    """A value, or a table's row with one, with its 95% interval and number of samples, as text."""
     if hasattr(value, "value"):
         value, low, high, n = value.value, value.low, value.high, value.n
     return f"**{value:{form}}** ({low:{form}} to {high:{form}}, n = {n:.0f})"

@@ -172,7 +172,7 @@ def test_the_picture_follows_the_slider_in_a_browser_without_a_network(tmp_path)
     ways = samples[["prompt", "seed", "before", "start"]].merge(pd.DataFrame({"t": [999, 599]}), "cross")
     ways["place"] = ways["start"] / ways["t"]
     frame = plotting.explorer(samples, curves, ways).data
-    page = html.unescape(re.search("srcdoc='(.*?)'", frame, re.DOTALL)[1])
+    page = html.unescape(re.search('srcdoc="(.*?)"', frame, re.DOTALL)[1])
     (tmp_path / "page.html").write_text(page + MOVE)  # at the end: the library holds a "</body>" of its own
     assert "3 pictures and 3 ways seen" in shown((tmp_path / "page.html").as_uri(), tmp_path / "profile")
 
