@@ -29,8 +29,8 @@ def start(name: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *COMMANDS[name]], cwd=folder, env=environment, **options)
 
 
-def tables(folder: Path) -> dict[str, pd.DataFrame]:
-    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet}  # without what tells the time
+def tables(folder: Path) -> dict[str, pd.DataFrame]:  # all that were written, without what tells the time
+    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
     found = {path.name: read[path.suffix](path) for path in folder.glob("**/*") if path.suffix in read}
     return {name: table.drop(columns="seconds", errors="ignore") for name, table in found.items()}
 
