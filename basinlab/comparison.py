@@ -34,16 +34,16 @@ MAIN = "emoji-duplicated"
 SCENARIOS = (MAIN, "emoji-finetuned", "emoji-classes")
 OWN = ("STP", "DTP", "OG + STP", "OG + DTP")  # the paper's
 PRIOR = ("RNA", "RTA", "CWR", "GNI", "Wen", "Ren", "CADS", "Han, per sample", "SAIL")  # that leave guidance alone
+TINY = ("CFG", "GNI", *OWN)  # what the smallest profile compares
 HELD_OUT = 16  # of the main scenario's memorized prompts, the last ones: settings are chosen on them
-PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of pairs
-    "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "pairs": (3, 1), "steps": 4, "methods": ("CFG", "GNI", *OWN)},
-    "reader": {"main": 4, "elsewhere": 2, "seeds": 2, "pairs": (3, 1), "steps": 25},
-    "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 1), "steps": 50},
+PROFILES = {  # prompts and seeds of the main scenario, prompts of the others, prompts and seeds of pairs and attack
+    "tiny": {"main": 3, "elsewhere": 3, "seeds": 2, "pairs": (3, 1), "attack": (2, 2), "steps": 4, "methods": TINY},
+    "reader": {"main": 4, "elsewhere": 2, "seeds": 2, "pairs": (3, 1), "attack": (3, 4), "steps": 25},
+    "paper": {"main": 32, "elsewhere": 16, "seeds": 3, "pairs": (16, 1), "attack": (8, 32), "steps": 50},
 }
 
 
-# of the bundled world the four settings lie around the scenario's own points, or the authors' constants, rescaled:
-# latents have a quarter of the norm, embeddings a deviation of 0.45
+# our four lie around the scenario's own points, or the authors' constants rescaled to latents of a quarter of the norm
 def methods(scenario: Scenario) -> dict[str, list[list]]:
     """Each method's settings: the authors' for Stable Diffusion; four for the bundled world, from weak to strong."""
     bundled, s, push = scenario.copy == "descriptor", scenario.guidance_scale, scenario.opposite_scale
@@ -182,8 +182,8 @@ def groups(scenario: Scenario, profile: str = "reader") -> dict[str, pd.DataFram
 def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     """What `compare` samples: (of, group, prompts, seeds, what is tried) of each grid.
 
-    ``of`` is "methods", on the main scenario's memorized prompts "pairs" too. What is tried is (method, rule that it is
-    paired with or "CFG") -> setting.
+    ``of`` is "methods", on the main scenario's memorized prompts "pairs" and "attack" (many seeds) too. What is tried
+    is (method, rule that it is paired with or "CFG") -> setting.
     """
     size, parts, chosen = PROFILES[profile], groups(scenario, profile), tuned(scenario)
     chosen = {name: chosen[name] for name in size.get("methods", chosen)}
@@ -193,8 +193,9 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     seeds = range(min(2, size["seeds"]) if elsewhere else size["seeds"])  # of other groups one: prompts are the units
     grids = [("methods", x, rows, seeds if x == "memorized" else range(1), alone) for x, rows in parts.items()]
     if scenario.name == MAIN:
-        few = "memorized", spread(parts["memorized"], size["pairs"][0]), range(size["pairs"][1])
-        grids.append(("pairs", *few, pairs(chosen)))
+        for of, tried in (("pairs", pairs(chosen)), ("attack", alone)):
+            count, tries = size[of]
+            grids.append((of, "memorized", spread(parts["memorized"], count), range(tries), tried))
     return grids
 
 
@@ -205,7 +206,7 @@ def compare(scenario: Scenario, profile: str, folder: str | Path | None, device:
     with tqdm(total=total, unit="sample", desc=scenario.name, disable=not processes().is_main_process) as bar:
         for of, group, rows, seeds, tried in grids:
             found = run_grid(denoiser, rows, seeds, tried, judges, folder, steps=PROFILES[profile]["steps"], bar=bar)
-            tables.append(found.assign(of=of, group=group))
+            tables.append(found.drop(columns=["clip"] if of == "attack" else []).assign(of=of, group=group))
     return pd.concat(tables, ignore_index=True).assign(scenario=scenario.name)
 
 

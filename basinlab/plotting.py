@@ -32,23 +32,24 @@ from .store import output_folder
 _PALETTE = sns.color_palette("colorblind")
 _FAMILIES = {  # the methods of the comparison: one colour a family
     "CFG": ("black", ("CFG",)),
-    "its scale": ("gray", ("lower scale",)),
-    "prompt, at random": (_PALETTE[0], ("RNA", "RTA", "CWR", "GNI")),
-    "embedding or attention": (_PALETTE[4], ("Wen", "Ren", "CADS")),
+    "lower scale": ("gray", ("lower scale",)),
+    "prompt, at random": (_PALETTE[0], ("RNA", "RTA", "CWR")),
+    "embedding or attention": (_PALETTE[4], ("GNI", "Wen", "Ren", "CADS")),
     "initial noise": (_PALETTE[2], ("Han, per sample", "Han, batch-wise", "SAIL")),
     "guidance over time": (_PALETTE[1], ("interval", "schedule")),
     "the paper's": (_PALETTE[3], ("STP", "DTP", "OG + STP", "OG + DTP")),
     "since the paper": (_PALETTE[5], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
 _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are shares of duplicates
-    ("memorized", "free", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
-    ("ordinary", "memorized, CFG late", "released", "opposite guidance before", "dynamic", "conditional"),
+    ("memorized", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
+    ("ordinary", "opposite guidance before", "dynamic", "conditional"),
     ("ordinary, CFG", "object right", "static"),
     ("memorized, CFG", "captured", "copied", "difference"),
+    ("memorized, CFG late", "released", "measured", 0.95),
 )
-COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names} | {"measured": _PALETTE[4]}
-COLOURS |= {0.95: _PALETTE[4], "unseen scene": _PALETTE[5], "other artist's scene": _PALETTE[8], 0.6: _PALETTE[9]}
-COLOURS |= {name: colour for colour, names in _FAMILIES.values() for name in names}
+COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names}
+COLOURS |= {"unseen scene": _PALETTE[5], "ordinary, colour named": _PALETTE[7], "other artist's scene": _PALETTE[8]}
+COLOURS |= {0.6: _PALETTE[9]} | {name: colour for colour, names in _FAMILIES.values() for name in names}
 _STYLES = {"measured": ("-", 1.5), "static": (":", 3.5), "dynamic": ("--", 1.5)}  # of points' lines, and widths
 
 
@@ -89,7 +90,7 @@ def save(figure: Figure, name: str, data: pd.DataFrame, inputs: Mapping) -> None
         os.replace(part, manifest)
 
 
-def picture_grid(pictures, rows, columns=(), framed=None, left=None, left_title="training\npicture") -> Figure:
+def picture_grid(pictures, rows, columns=(), framed=None, left=None) -> Figure:
     """Pictures [R, N, 3, h, w]; a frame marks copies, ``framed`` [R, N] bool; before each row ``left`` [R, 3, h, w]."""
     (count, width), offset = pictures.shape[:2], int(left is not None)
     size = (1.15 * (width + offset) + 1.6, 1.25 * count + 0.3)
@@ -103,10 +104,10 @@ def picture_grid(pictures, rows, columns=(), framed=None, left=None, left_title=
             spine.set(visible=copied, color=COLOURS["copied"], linewidth=3)
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, title in zip(axes[0], [left_title] * offset + list(columns), strict=False):
+    for axis, title in zip(axes[0], ["training\npicture"] * offset + list(columns), strict=False):
         axis.set_title(title, fontsize=9)
     if framed is not None:
-        figure.supxlabel("framed: a copy of the training picture", color=COLOURS["copied"], fontsize=9)
+        figure.supxlabel("framed: a copy of a training picture", color=COLOURS["copied"], fontsize=9)
     return figure
 
 
@@ -121,7 +122,7 @@ def thumbnails(axis, rows: pd.DataFrame, right: bool = False) -> None:
         frame = {"edgecolor": COLOURS["copied"] if row.copied is True else "0.8", "linewidth": 2}
         looks = {"bboxprops": frame, "pad": 0.15, "annotation_clip": False, "boxcoords": "axes fraction"}
         if np.isfinite(row.y):
-            looks["arrowprops"] = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7}
+            looks["arrowprops"] = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.7}
             axis.plot(row.x, row.y, "o", color="0.3", markersize=4, clip_on=False)
         place, side = (k + 0.5) / len(rows), (-0.05, 0.5) if right else (0.5, -0.08)
         at = (1, 1 - place) if right else (place, 1)
@@ -239,11 +240,11 @@ def section(shares: pd.DataFrame, half: pd.DataFrame, paths: pd.DataFrame, ends:
     bar = {"boundaries": np.linspace(0, 1, 21), "ticks": [0, 0.5, 1], "location": "top", "shrink": 0.4, "aspect": 30}
     axis.figure.colorbar(drawn, ax=axis, label="share captured", **bar)
     top = float(grid.index.max())
-    axis.plot(half["t"], half["value"].clip(upper=top), color="black", label="one half escapes")
+    axis.plot(half["t"], half["value"].where(half["value"] <= top), color="black", label="one half escapes")
     for name, part in paths.groupby("name", sort=False):
         axis.plot(part["t"], part["value"], color=COLOURS[name], linewidth=1.8, label=name)
-    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()) - 0.05, top), xlabel="timestep t", yticks=[0, 1])
-    axis.set_yticklabels(["captured", "unguided"])
+    axis.set(xlim=(1000, 0), ylim=(float(grid.index.min()) - 0.05, top), xlabel="timestep t", ylabel="way out, λ")
+    axis.set_yticks([0, 1], ["captured, 0", "unguided, 1"])
     thumbnails(axis, ends, right=True)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=9)
     return axis.figure
@@ -310,7 +311,7 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
     chosen = "datum.prompt == prompt && datum.seed == seed && datum.before == before"
     x = alt.X("t:Q", scale=alt.Scale(domain=[1000, 0]), title="timestep t")
     line = alt.Chart(curves).transform_filter(chosen).mark_line(color="gray").encode(x, alt.Y("magnitude:Q"))
-    colours = alt.Scale(domain=[True, False], range=[*map(colors.to_hex, (COLOURS["copied"], COLOURS["free"]))])
+    colours = alt.Scale(domain=[True, False], range=[*map(colors.to_hex, (COLOURS["copied"], COLOURS["unguided"]))])
     points = alt.Chart(rows).transform_filter(chosen + " && isValid(datum.magnitude)").mark_point(filled=True)
     size, colour = alt.condition(start, alt.value(260), alt.value(60)), alt.Color("copied:N", scale=colours)
     points = points.encode(x="start:Q", y="magnitude:Q", color=colour, size=size)

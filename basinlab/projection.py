@@ -15,7 +15,8 @@ from torch import Tensor
 def umap(bundles: Mapping[str, Tensor], timesteps: Tensor, neighbours: int = 15) -> pd.DataFrame:
     """Place the states [B, S, ...] of each bundle in the plane, slice by slice, by AlignedUMAP (McInnes et al. 2018).
 
-    A trajectory is tied to where it was a slice before. Each bundle is centred, with its true root mean square radius.
+    A trajectory is tied to where it was a slice before. Each bundle is centred, with its true root mean square radius;
+    all are turned so that the ends spread most along x.
     """
     from umap import AlignedUMAP  # takes seconds to import
 
@@ -31,7 +32,7 @@ def umap(bundles: Mapping[str, Tensor], timesteps: Tensor, neighbours: int = 15)
         at = places[rows] - places[rows].mean(axis=0)
         scale = np.sqrt(np.square(true).mean(axis=1)) / np.sqrt(np.square(at).sum(axis=2).mean(axis=0)).clip(1e-9)
         places[rows] = at * scale[:, None]
-    return _table(bundles, timesteps, places)
+    return _table(bundles, timesteps, places @ np.linalg.svd(places[:, -1], full_matrices=False)[2].T)
 
 
 def linear(bundles: Mapping[str, Tensor], timesteps: Tensor, centres: Tensor) -> pd.DataFrame:

@@ -43,22 +43,19 @@ def quantile_interval(values: Sequence[np.ndarray]) -> tuple[float, float, float
     def quantile(prompts: Sequence[int]) -> float:
         return np.quantile(np.concatenate([values[i] for i in prompts]), 0.95)
 
-    prompts = range(len(values))
-    return quantile(prompts), *bootstrap_interval(prompts, quantile, resamples=500)
+    return quantile(range(len(values))), *bootstrap_interval(range(len(values)), quantile, resamples=500)
 
 
-def told(value, low=None, high=None, n: int | None = None, form: str = ".0%") -> str:
-    """A value, or a table's row with one, with its 95% interval and number of samples, as text."""
+def told(value, low=None, high=None, n: int | None = None, form: str = ".0%", bold=True) -> str:
+    """A value, or a table's row with one, with its 95% interval and number of samples, as text (``bold``: Markdown)."""
     if hasattr(value, "value"):
         value, low, high, n = value.value, value.low, value.high, value.n
-    return f"**{value:{form}}** ({low:{form}} to {high:{form}}, n = {n:.0f})"
+    return f"{'**' * bold}{value:{form}}{'**' * bold} ({low:{form}} to {high:{form}}, n = {n:.0f})"
 
 
 def verdict(low: float, high: float, least: float = -np.inf, most: float = np.inf) -> str:
     """Whether a number with this interval lies within ``least`` and ``most``: yes, no or undecided."""
-    if least <= low and high <= most:
-        return "yes"
-    return "no" if high < least or low > most else "undecided"
+    return "yes" if least <= low and high <= most else "no" if high < least or low > most else "undecided"
 
 
 class Claims:

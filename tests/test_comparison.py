@@ -123,7 +123,7 @@ def test_a_comparison_is_all_of_its_plan_and_is_resumed(tiny, tmp_path, monkeypa
     size = {"methods": ("CFG", "GNI", "DTP", "OG + DTP"), "seeds": 1, "steps": 2}
     monkeypatch.setitem(comparison.PROFILES, "tiny", comparison.PROFILES["tiny"] | size)
     table = comparison.compare(MAIN, "tiny", tmp_path)
-    assert table.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "pairs": 2 * 3}
+    assert table.groupby("of").size().to_dict() == {"methods": 4 * 3 * 3, "pairs": 2 * 3, "attack": 4 * 2 * 2}
     assert set(table.query("of == 'pairs'")["rule"]) == {"DTP", "OG + DTP"} and set(table["group"]) == {*MAIN.prompts}
     assert (table.query("method == 'CFG'")["calls"] == 4).all()
     monkeypatch.setattr(comparison, "sample", lambda *given, **options: pytest.fail("sampled again"))

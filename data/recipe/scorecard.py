@@ -176,7 +176,7 @@ def _memorization(claims: Claims, table: pd.DataFrame, radius: float) -> None:
         least = 0.97 if share == 0.95 else -np.inf
         claims.share(f"... where the duplicate's share is {share}", part["copied"], least=least)
     between = (always["distance"] > radius) & (always["distance"] <= 1.5 * radius)
-    claims.share("... at 1.0 to 1.5 radii of the attractor", between, most=0.02)
+    claims.share("... just outside the ball, at 1.0 to 1.5 radii", between, most=0.02)
     falls_through_half(claims, table.query("group == 'sweep' and guidance == 'none'"))
 
 
@@ -244,7 +244,7 @@ def _judges(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
     known, rest = rows[held_out], rows[~held_out]
     limits = np.quantile(known["pixels"], np.linspace(0, 1, 400))
     limit = max(limits, key=lambda x: ((known["pixels"] >= x) == known["copied"]).mean())
-    claim = f"memorized: pixels' correlation over {limit:.3f} says the same as the descriptor"
+    claim = f"memorized: pixels' correlation over {limit:.3f} agrees with the descriptor"
     claims.share(claim, (rest["pixels"] >= limit) == rest["copied"], least=0.98)
 
 
@@ -285,7 +285,7 @@ def _magnitude(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> Non
     ordinary = unguided.query("group == 'ordinary' and background == ''")
     first = [np.stack(part["magnitude"])[:, :3].mean(axis=1) for part in (memorized, ordinary)]
     area = _area(*first, [part["prompt"] for part in (memorized, ordinary)])
-    claims.number("AUC of the magnitude at the first 3 steps", *area, sum(map(len, first)), least=0.98)
+    claims.number("AUC of the magnitude at the first 3 steps, no colour named", *area, sum(map(len, first)), least=0.98)
     both = pd.concat([part.assign(first=values) for part, values in zip((memorized, ordinary), first, strict=True)])
 
     def ratio(part: pd.DataFrame) -> float:
