@@ -198,8 +198,8 @@ def test_each_bundle_has_its_true_width_at_each_time():
             place = found[(found["name"] == name) & (found["t"] == t)][["x", "y"]].to_numpy()
             drawn = np.sqrt(np.square(place).sum(axis=1).mean())
             true = float((bundle[:, step] - bundle[:, step].mean(dim=0)).square().mean().sqrt())
-            assert drawn == pytest.approx(true, rel=1e-3)
-            assert np.abs(place.mean(axis=0)).max() < 1e-4  # centred
+            assert drawn == pytest.approx(true, rel=1e-3) and np.abs(place.mean(axis=0)).max() < 1e-4  # centred
+    assert found[found["t"] == TIMES[-1].item()][["x", "y"]].var().is_monotonic_decreasing  # ends spread along x
 
 
 def test_the_linear_view_is_the_direction_of_most_spread_and_what_cannot_be_projected_is_refused():
