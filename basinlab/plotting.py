@@ -214,7 +214,7 @@ def legend(figure: Figure, methods: Sequence[str]) -> None:
     figure.legend(marks, drawn, loc="outside upper center", ncols=max(1, len(marks)), handletextpad=0.2, fontsize=10)
 
 
-def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figure:
+def singles(table: pd.DataFrame, ylabel: str) -> Figure:
     """Single lines (paper, Fig. 7): columns panel, name (which has the colour), line, t, value."""
     figure, panels = _panels(table, "panel", 3, (4.6, 3.6), sharey=True)
     for title, axis, rows in panels:
@@ -222,7 +222,7 @@ def singles(table: pd.DataFrame, ylabel: str, bottom: float | None = 0) -> Figur
         alone = {"units": "line", "estimator": None, "linewidth": 0.9, "alpha": 0.8, "legend": last}
         sns.lineplot(rows, x="t", y="value", hue="name", palette=COLOURS, ax=axis, **alone)
         axis.set(title=title, xlim=(1000, 0), xlabel="timestep t", ylabel=ylabel)
-    axis.set_ylim(bottom=bottom)
+    axis.set_ylim(bottom=0)
     if last:
         sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return figure

@@ -144,7 +144,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
                   claim("02_claims", "opposite guidance leaves sooner", ".0f", "median of all, sooner by ")),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
-     cliff, "this model's captions are never wrong, so that its predictions part again towards the end"),
+     cliff, "its captions always fit their pictures, so that the predictions keep asking for unlike pictures"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
      TUNED),
@@ -163,7 +163,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Table 1", "95th percentile of the similarity: none .6504, STP .2857, OG + STP .3811. (CLIP score, FID: in 03.)",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), TUNED),
     ("Table 2", "The same: none .3702, CFG from 700 .3018, from 600 .2756.", lambda: lower("emoji-classes", "STP"),
-     "a copy is one of twenty pictures of a class"),
+     "twenty samples are too few"),
     ("Table 3", "The same: none .7977, DTP .5885, OG + DTP .6915; mean .5513, .2866, .2844.",
      lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
                     for rule in ("DTP", "OG + DTP"))),

@@ -186,7 +186,7 @@ def test_what_was_not_measured_is_left_out_and_what_is_unknown_does_not_count():
 
 def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(monkeypatch):
     table = comparison.obtain("reader", folder=None)
-    assert len(table) == 4796 and table.attrs["made_with"]
+    assert len(table) == 10684 and table.attrs["made_with"]
     rows = comparison.summary(table.query("of == 'methods' and scenario == @comparison.MAIN and group == 'memorized'"))
     copied = rows.query("measure == 'copied'").set_index("method")["value"]
     assert copied["CFG"] == pytest.approx(5 / 6) and copied["OG + DTP"] < copied["CFG"]
