@@ -66,7 +66,7 @@ def test_each_figure_and_table_of_the_paper_has_cells_and_a_line_with_our_number
     entry = {"paper": "Fig. 6, Fig. 9", "section": "2.1"}
     (tmp_path / "manifest.json").write_text(json.dumps({"02_strip": entry, "00_scale": {"section": "0.4"}}))
     (tmp_path / "02_strip.png").touch()
-    claims = "claim,value,low,high,n,goal,verdict\nthe outcome flips once: monotone,.95,.9,.98,64,at least .9,yes\n"
+    claims = "claim,value,low,high,n,goal,verdict\nat most one flip: monotone,.95,.9,.98,64,at least .9,yes\n"
     claims += "DTP: nothing is memorized,.2,.1,.3,64,at most .05,no\n"
     (tmp_path / "02_claims.csv").write_text(claims)
     lines = {line.split("|")[1].strip(): line for line in paper.page().splitlines() if line.startswith("| ")}

@@ -202,7 +202,7 @@ def tint(claims: Claims, ordinary: pd.DataFrame, denoiser: Denoiser) -> None:
         return noise_colour_correlation(part, linear)
 
     found = correlation(named), *over_prompts(named, correlation), len(named)
-    claims.number("ordinary, colour named: its correlation with the noise's mean", *found, least=-0.2, most=0.2)
+    claims.number("ordinary, colour named: background's correlation with noise's mean", *found, least=-0.2, most=0.2)
 
 
 def saturation(claims: Claims, table: pd.DataFrame) -> None:
