@@ -50,7 +50,7 @@ def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFr
     tables = []
     for name, run in runs.items():
         prompts = list(dict.fromkeys(run.prompts))
-        if len(run) < 2 * len(prompts):
+        if min(map(run.prompts.count, prompts)) < 2:
             raise ValueError(f"{name!r} has {len(run)} samples of {len(prompts)} prompts: give two seeds or more")
         states = [run.of(prompt).recorded(of)[:, : len(run.timesteps)].flatten(2).transpose(0, 1) for prompt in prompts]
         widths = torch.stack([torch.stack([F.pdist(x).mean() for x in s]) / s.shape[2] ** 0.5 for s in states]).numpy()

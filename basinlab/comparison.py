@@ -25,7 +25,7 @@ from . import metrics
 from . import mitigations as m
 from .guidance import describe
 from .models import Denoiser, data_folder
-from .sampling import sample
+from .sampling import every_pair, sample
 from .scenarios import Judges, Scenario, names, read
 from .statistics import mean_interval, quantile_interval
 from .store import digest, kept
@@ -138,6 +138,7 @@ def run_grid(
     ``block`` prompts of a method are one file; processes share the files out, and each returns the whole table: the
     columns of ``judges``, seconds a sample, and method (of a tuple, method, rule and setting). ``bar`` is a tqdm's.
     """
+    every_pair(prompts["prompt"].tolist(), seeds)  # is checked as a whole
     team, options = processes(), {"steps": steps, "measure": measure}
     common = {**denoiser.settings(), "judges": judges.settings(), "seeds": [*map(int, seeds)], **options}
 
@@ -194,8 +195,7 @@ def plan(scenario: Scenario, profile: str = "reader") -> list[tuple]:
     grids = [("methods", x, rows, seeds if x == "memorized" else range(1), alone) for x, rows in parts.items()]
     if scenario.name == MAIN:
         for of, tried in (("pairs", pairs(chosen)), ("attack", alone)):
-            count, tries = size[of]
-            grids.append((of, "memorized", spread(parts["memorized"], count), range(tries), tried))
+            grids.append((of, "memorized", spread(parts["memorized"], size[of][0]), range(size[of][1]), tried))
     return grids
 
 
@@ -225,7 +225,7 @@ def made_with(scenarios: Sequence[Scenario], profile: str) -> str:
 def obtain(profile: str = "reader", folder: str | Path = "build/comparison") -> pd.DataFrame:
     """The bundled scenarios' table: the kept one, of profile "paper", if these weights and methods made it; or new."""
     scenarios, path = [*map(read, SCENARIOS)], data_folder() / "comparison.parquet"
-    if profile != "tiny" and path.exists():
+    if PROFILES[profile] is not PROFILES["tiny"] and path.exists():
         if (table := pd.read_parquet(path)).attrs.get("made_with") == made_with(scenarios, "paper"):
             return table
         processes().print(f"{path} was made with other weights, judges or methods: sampled anew, profile {profile}")

@@ -83,7 +83,7 @@ def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:
 
     Intervals are bootstraps over prompts, or Wilson's, of the rarer kind's prompts, where all resamples agree.
     """
-    parts = [part[[score, truth]].to_numpy(float) for _, part in table.groupby("prompt")]
+    parts = [part[[score, truth]].to_numpy(float) for _, part in table.dropna(subset=score).groupby("prompt")]
 
     def measured(prompts) -> list[float]:
         values, true = np.concatenate([parts[i] for i in prompts]).T
@@ -99,4 +99,4 @@ def separation(table: pd.DataFrame, score: str, truth: str) -> pd.DataFrame:
     fewest = table.groupby(truth)["prompt"].nunique().min()
     low, high = np.where(low == high, wilson_interval(np.array(value) * fewest, fewest), (low, high))
     rows = {"method": score, "measure": ["AUC", "found at 1% false"], "value": value, "low": low, "high": high}
-    return pd.DataFrame(rows).assign(n=len(table), prompts=len(parts))
+    return pd.DataFrame(rows).assign(n=sum(map(len, parts)), prompts=len(parts))

@@ -249,7 +249,7 @@ class AttractRepel(WeightedGuidance):
     def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
         s, r = self.guidance_scale, self._repel(int(self._timestep))
         origin = pred_cond if pred_uncond is None else pred_uncond
-        combined = origin + s * (pred_positive - origin) if s else origin
+        combined = pred_positive if origin is None else origin + s * (pred_positive - origin) if s else origin
         if r and pred_uncond is not None:
             combined = combined - r * (pred_cond - pred_uncond)
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -286,5 +286,6 @@ class Gated(ConstantGuidance):
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
         if self._fired is None:
             self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
+        self.transition_point = None if (t := self.remedy.transition_point) is None else t.where(self._fired, torch.nan)
         chosen = torch.where(self._fired.view(-1, *[1] * (pred_cond.ndim - 1)), remedied[0], plain[0])
         return GuiderOutput(pred=chosen, pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -119,7 +119,7 @@ def thumbnails(axis, rows: pd.DataFrame, right: bool = False) -> None:
     for k, row in enumerate(rows.itertuples()):
         image = OffsetImage(row.picture.permute(1, 2, 0).numpy(), zoom=46 / row.picture.shape[-1])
         box = VPacker(children=[TextArea(row.label, textprops={"fontsize": 8}), image], align="center", pad=0, sep=2)
-        frame = {"edgecolor": COLOURS["copied"] if row.copied is True else "0.8", "linewidth": 2}
+        frame = {"edgecolor": COLOURS["copied"] if pd.notna(row.copied) and row.copied else "0.8", "linewidth": 2}
         looks = {"bboxprops": frame, "pad": 0.15, "annotation_clip": False, "boxcoords": "axes fraction"}
         if np.isfinite(row.y):
             looks["arrowprops"] = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.7}
@@ -303,8 +303,7 @@ def explorer(samples: pd.DataFrame, curves: pd.DataFrame, ways: pd.DataFrame):
     rows = rows.assign(picture=rows["picture"].map(_address), label=labels, k=(-rows["start"]).rank(method="dense") - 1)
     ways = ways.round(2).merge(rows[[*keys, "k", "copied"]])
     options = {name: rows[name].unique().tolist() for name in ("prompt", "seed", "before")}
-    menus = {name: alt.binding_select(options=given, name=f"{name} ") for name, given in options.items()}
-    choices = [alt.param(name=name, value=options[name][0], bind=menu) for name, menu in menus.items()]
+    choices = [alt.param(n, value=x[0], bind=alt.binding_select(options=x, name=f"{n} ")) for n, x in options.items()]
     drag = "pointerdown, [pointerdown, window:pointerup] > window:pointermove"
     slider = alt.binding_range(min=0, max=int(rows["k"].max()), step=1, name="start of guidance ")
     start = alt.selection_point(name="start", fields=["k"], value=0, nearest=True, on=drag, clear=False, bind=slider)

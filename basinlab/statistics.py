@@ -32,7 +32,7 @@ def mean_interval(part: pd.DataFrame, name: str) -> tuple[float, float, float]:
     """Mean of column ``name`` and its interval, a bootstrap over prompts, or Wilson's of them where all agree."""
     means = part.groupby("prompt")[name].mean().to_numpy(float)
     low, high = bootstrap_interval(means, resamples=1000)
-    if part[name].dtype == bool and low == high:
+    if pd.api.types.is_bool_dtype(part[name]) and low == high:
         low, high = wilson_interval(means.sum(), len(means))
     return means.mean(), float(low), float(high)
 

@@ -68,15 +68,13 @@ def test_settings_and_norms_are_chosen_on_prompts_that_are_not_compared():
 
 @pytest.mark.parametrize("name, sizes", [
     ("emoji-duplicated", {"memorized": 32, "template": 16, "ordinary": 32}),
-    ("emoji-finetuned", {"memorized": 16}),
-    ("emoji-classes", {"memorized": 10}),  # there are no more classes
+    ("emoji-finetuned", {"memorized": 16}), ("emoji-classes", {"memorized": 10}),  # there are no more classes
 ])  # fmt: skip
 def test_the_paper_profile_has_the_size_that_is_stated(name, sizes):
     grids = [grid for grid in comparison.plan(scenarios.read(name), "paper") if grid[0] == "methods"]
     assert {group: len(rows) for _, group, rows, *_ in grids} == sizes
     seeds = {group: (len(seeds), len(tried)) for _, group, _, seeds, tried in grids}
-    of_memorized = 3 if name == comparison.MAIN else 2
-    expected = {group: of_memorized if group == "memorized" else 1 for group in sizes}
+    expected = {group: 1 if group != "memorized" else 3 if name == comparison.MAIN else 2 for group in sizes}
     assert seeds == {group: (count, len(comparison.tuned(MAIN))) for group, count in expected.items()}
 
 
@@ -109,13 +107,14 @@ def test_a_grid_makes_only_what_is_missing_and_mixes_nothing(tmp_path):
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     grid(tmp_path, prompts=PROMPTS.assign(attractor=["/x", "/y"]))  # where pictures lie is no setting
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    nothing = mitigations.EmbeddingNoise(0.0)  # it changes no embedding, but is another method
-    settings = [[basinlab.ConstantGuidance(4.0)], [nothing, basinlab.ConstantGuidance(3.0)]]
+    settings = [[basinlab.ConstantGuidance(4.0)], [mitigations.EmbeddingNoise(0.0), basinlab.ConstantGuidance(3.0)]]
     others = [{"judges": Plain(a=2)}, {"steps": 5}, {"measure": True}, {"prompts": PROMPTS.assign(object="c")}]
     for changed in [*others, *({"methods": {"CFG": setting}} for setting in settings)]:
         before = len([*tmp_path.iterdir()])
         grid(tmp_path, **changed)
         assert len([*tmp_path.iterdir()]) > before, changed
+    with pytest.raises(ValueError, match="'memorized' is given twice"):  # in two blocks
+        grid(tmp_path, prompts=pd.concat([PROMPTS, PROMPTS]))
 
 
 def test_a_comparison_is_all_of_its_plan_and_is_resumed(tiny, tmp_path, monkeypatch):

@@ -132,18 +132,19 @@ def test_attraction_is_its_formula_and_its_special_cases_are_exact():
         expected = (1 - 7.5 + r) * u + 7.5 * p - r * n
         torch.testing.assert_close(combined(7.5, 2.0, True, t, **every), expected.float(), atol=1e-4, rtol=0)
     assert combined(7.5, 0.0, pred_positive=p, pred_uncond=u).equal(weighted(7.5, p, u))  # CFG on p
+    assert combined(1.0, 0.0, pred_positive=p).equal(p)
     assert combined(0.0, 2.0, pred_cond=n, pred_uncond=u).equal(weighted(-2.0, n, u))  # opposite guidance
     assert combined(7.5, 6.5, pred_positive=p, pred_cond=n).equal(weighted(7.5, p, n))  # re-anchoring
     torch.testing.assert_close(combined(7.5, 6.5, **every), weighted(7.5, p, n), atol=1e-4, rtol=0)
 
 
 def test_the_gate_lets_pass_below_its_limit_and_is_the_remedy_above():
-    course = COURSES.copy()  # at the first step 3, 5 and 1
     gated = g.Gated(2.0, g.OppositeGuidance(650, 5.0), guidance_scale=5.0)
     opposed, plain = [-2, -2, -2, 5, 5, 5], [5] * 6
-    assert run_rule(gated, course, TIMES) == [opposed, opposed, plain]
-    assert run_rule(gated, course[:, [2, 1]], TIMES) == [plain, opposed]  # another batch: it decides anew
+    assert run_rule(gated, COURSES, TIMES) == [opposed, opposed, plain]  # at the first step 3, 5 and 1
+    assert str(gated.transition_point.tolist()) == "[600.0, 600.0, nan]"
+    assert run_rule(gated, COURSES[:, [2, 1]], TIMES) == [plain, opposed]  # another batch: it decides anew
     dynamic = g.DynamicTransitionPoint(5.0, latest=450)
-    assert run_rule(g.Gated(0.0, dynamic, 5.0), course, TIMES) == run_rule(dynamic.new(), course, TIMES)
+    assert run_rule(g.Gated(0.0, dynamic, 5.0), COURSES, TIMES) == run_rule(dynamic.new(), COURSES, TIMES)
     with pytest.raises(ValueError, match="AttractRepel needs other predictions"):
         g.Gated(2.0, g.AttractRepel())

@@ -395,5 +395,6 @@ def test_separation_is_that_of_scikit_learn_and_of_counting():
     assert found.value == pytest.approx((table.loc[table["truth"], "score"] > limit).mean())
     perfect = detection.separation(table.assign(score=table["truth"] * 1.0), "score", "truth")
     assert perfect["value"].eq(1).all() and perfect["low"].between(0.8, 0.9).all()  # 20 prompts without exception
-    alone = detection.separation(table[table["truth"]], "score", "truth")
-    assert alone[["value", "low", "high"]].isna().all(axis=None)
+    assert detection.separation(table[table["truth"]], "score", "truth")[["value", "low", "high"]].isna().all(axis=None)
+    holes, own = (pd.concat([table, table.assign(score=np.nan)]), detection.separation(table, "score", "truth"))
+    pd.testing.assert_frame_equal(detection.separation(holes, "score", "truth"), own)  # what has no score is left out

@@ -67,7 +67,7 @@ PLANE = {"points": GRID, "inside": GRID[:, 0].view(3, 3) > 1, "arrows": (GRID, G
 PLANE |= {"paths": {"captured": torch.zeros(2, 4, 2), "unguided": torch.ones(2, 4, 2)}, "attractor": torch.zeros(2)}
 METHODS = ROWS.assign(method=["CFG", "STP"], panel=["a", "b"])
 STRIP = pd.DataFrame({"picture": [torch.rand(3, 8, 8) for _ in "abc"], "label": ["from 9", "from 5", "never"]})
-STRIP = STRIP.assign(copied=[True, False, False], x=[900, 500, 0], y=[1.0, 0.2, float("nan")])
+STRIP = STRIP.assign(copied=pd.array([True, False, None], "boolean"), x=[900, 500, 0], y=[1.0, 0.2, float("nan")])
 
 
 @pytest.mark.parametrize("draw, panels", [

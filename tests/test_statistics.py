@@ -41,9 +41,8 @@ def test_roc_agrees_with_sklearn_with_and_without_ties():
 
 
 def test_mean_and_quantile_intervals_are_over_prompts_and_wilsons_where_all_agree():
-    table = pd.DataFrame({"prompt": list("aabb"), "copied": [True] * 4, "distance": [0.0, 2.0, 4.0, 6.0]})
-    mean, low, high = statistics.mean_interval(table, "distance")
-    assert (mean, low, high) == (3.0, 1.0, 5.0)  # of the prompts' means 1 and 5
+    table = pd.DataFrame({"prompt": list("aabb"), "copied": pd.array([True] * 4), "distance": [0.0, 2.0, 4.0, 6.0]})
+    assert statistics.mean_interval(table, "distance") == (3.0, 1.0, 5.0)  # of the prompts' means 1 and 5
     expected = binomtest(2, 2).proportion_ci(method="wilson")  # two prompts
     assert statistics.mean_interval(table, "copied") == pytest.approx((1.0, expected.low, expected.high))
     assert statistics.quantile_interval([np.zeros(10), np.ones(10), np.full(10, 2.0)]) == (2.0, 0.0, 2.0)
