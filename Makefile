@@ -54,15 +54,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    exit 1; \
 	fi
 	@if $(PY) $(IS_311); then \
-	    $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	    $(PY) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'; \
 	else \
 	    echo "setup: this is not Python 3.11: newest versions in the place of those of constraints.txt"; \
-	    $(PY) -m pip install --quiet --editable '.[dev]'; \
+	    $(PY) -m pip install --quiet --no-compile --editable '.[dev]'; \
 	fi
 	@touch $@
 
 figures: $(INSTALLED)
-	@echo "figures: running the notebooks$(if $(FIGURE), for figure $(FIGURE), in order), profile $(PROFILE)"
+	@echo "figures: running the notebooks$(if $(FIGURE), for figure $(FIGURE)), profile $(PROFILE)"
 	@BASINLAB_PROFILE=$(PROFILE) $(PY) notebooks/execute.py $(if $(FIGURE),--figure $(FIGURE))
 	@$(if $(FIGURE),,$(if $(filter paper,$(PROFILE)),$(PY) notebooks/paper.py))
 

@@ -15,7 +15,7 @@ def wilson_interval(successes, trials, confidence: float = 0.95) -> tuple[np.nda
     p = np.asarray(successes, float) / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
+    return np.maximum(centre - half, 0), np.minimum(centre + half, 1)  # rounding may leave it
 
 
 def bootstrap_interval(values, statistic: Callable = np.mean, resamples: int = 2000) -> tuple[float, float]:

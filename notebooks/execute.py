@@ -1,6 +1,7 @@
-"""Execute the notebooks in order, each written only once all of it ran: ``make figures``.
+"""Execute the notebooks, two at a time, each written only once all of it ran: ``make figures``.
 
     python notebooks/execute.py                                   # all, copies in build/reader
+    python notebooks/execute.py --at-once 1                       # one after the other: half the memory
     BASINLAB_PROFILE=paper python notebooks/execute.py            # all, in the place of the committed ones
     python notebooks/execute.py 01_basin_observation.ipynb        # some, by name or path
     python notebooks/execute.py --out elsewhere                   # elsewhere/notebooks and elsewhere/figures
@@ -23,12 +24,15 @@ import base64
 import io
 import os
 import re
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
@@ -61,6 +65,14 @@ def seconds_expected(notebook: nbformat.NotebookNode, pace: float) -> int | None
     """The seconds of the last run in this profile, as its metadata has them, at the ``pace`` of this machine."""
     last = notebook.metadata.get("basinlab", {}).get(PROFILE)
     return last and round(last["seconds"] * pace / last["pace"])
+
+
+def seconds_together(seconds: list[int], at_once: int) -> int:
+    """The seconds that so many notebooks at once take, each next one begun when one ends."""
+    busy = [0] * at_once
+    for notebook in seconds:
+        busy[busy.index(min(busy))] += notebook
+    return max(busy)
 
 
 def is_bar(output: nbformat.NotebookNode) -> bool:
@@ -154,11 +166,23 @@ def execute(source: nbformat.NotebookNode, target: Path, pace: float) -> float:
     return seconds
 
 
+def stop(pool: ThreadPoolExecutor, why: str) -> None:
+    """Begin no further notebook, end the kernels of those that run, and exit saying ``why``."""
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
+    pool.shutdown(wait=False, cancel_futures=True)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    pool.shutdown()
+    signal.signal(signal.SIGINT, usual)
+    sys.exit(why)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="names or paths (default: all that begin NN_)")
     parser.add_argument("--out", type=Path, help="folder of notebooks/ and figures/ (default: by profile, see above)")
     parser.add_argument("--figure", help="only what this figure of the paper needs, such as 2 (or table-1)")
+    parser.add_argument("--at-once", type=int, default=2, help="how many run at once and share the cores (default: 2)")
     options = parser.parse_args()
     paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
     paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
@@ -176,26 +200,41 @@ def main() -> None:
         if not paths:
             parser.error(f"no cell is tagged {tag}")
     pace = pace_of_this_machine()
-    ahead = [None if tag else seconds_expected(source, pace) for source in sources]
-    if None not in ahead:
-        expected = f"about {clock(sum(ahead))} minutes on this machine"
-        print(f"{len(paths)} notebooks, {expected} (profile {PROFILE})", flush=True)
+    at_once = max(1, min(options.at_once, len(paths)))
+    if at_once > 1:  # the kernels' threads
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    ahead = {path: None if tag else seconds_expected(source, pace) for path, source in zip(paths, sources, strict=True)}
+    known = None not in ahead.values()
+    jobs = dict(zip(paths, sources, strict=True))
+    if known:  # the shortest first, for something to look at; then the longest, so that both ends are busy to the end
+        order = sorted(paths, key=ahead.get)
+        jobs = {path: jobs[path] for path in [*order[:1], *order[:0:-1]]}
+        total = seconds_together([ahead[path] for path in jobs], at_once)
+        print(f"{len(jobs)} notebooks, about {clock(total)} minutes on this machine (profile {PROFILE})", flush=True)
     begin = time.monotonic()
-    for number, (path, source) in enumerate(zip(paths, sources, strict=True), start=1):
-        last = "not timed yet" if ahead[number - 1] is None else f"about {clock(ahead[number - 1])}"
-        print(f"[{number}/{len(paths)}] {path.name} ({last})", end=" ... ", flush=True)
-        try:
-            seconds = execute(source, out / "notebooks" / path.name, pace)
-        except PapermillExecutionError as error:
-            print(f"failed\n{error}", flush=True)  # the traceback
-            sys.exit(f"{path.name}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}\n{path} is as it was")
-        except DeadKernelError:
-            sys.exit(f"failed\n{path.name}: its kernel died, often for want of memory; {path} is as it was")
-        except KeyboardInterrupt:
-            rest = " ".join(later.name for later in paths[number - 1 :])
-            sys.exit(f"stopped; {path} is as it was, those before it are done; the rest: {__file__} {rest}")
-        left = "time left unknown" if None in ahead[number:] else f"about {clock(sum(ahead[number:]))} left"
-        print(f"took {clock(seconds)}, {clock(time.monotonic() - begin)} elapsed, {left}", flush=True)
+
+    def run(path: Path) -> float:
+        last = "not timed yet" if ahead[path] is None else f"about {clock(ahead[path])}"
+        print(f"{path.name}: running ({last})", flush=True)
+        return execute(jobs[path], out / "notebooks" / path.name, pace)
+
+    pool = ThreadPoolExecutor(at_once)
+    waiting = {pool.submit(run, path): path for path in jobs}
+    try:
+        for done in as_completed(waiting):
+            seconds, elapsed = done.result(), time.monotonic() - begin
+            left = f"about {clock(max(0, total - elapsed))} left" if known else "time left unknown"
+            print(f"{waiting.pop(done).name}: took {clock(seconds)}, {clock(elapsed)} elapsed, {left}", flush=True)
+    except PapermillExecutionError as error:
+        print(f"{waiting[done].name} failed\n{error}", flush=True)  # the traceback
+        name, cell = waiting[done].name, error.cell_index + 1
+        stop(pool, f"{name}, cell {cell}: {error.ename}: {error.evalue}\n{waiting[done]} is as it was")
+    except DeadKernelError:
+        died = f"{waiting[done].name}: its kernel died, often for want of memory (--at-once 1 needs half)"
+        stop(pool, f"{died}; {waiting[done]} is as it was")
+    except KeyboardInterrupt:
+        rest = " ".join(path.name for path in waiting.values())
+        stop(pool, f"stopped; those that ended are done; the rest, which is as it was: {__file__} {rest}")
     print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; see {out / 'notebooks'} and {out / 'figures'}")
 
 

@@ -60,6 +60,18 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
     assert all(told <= set(entry) for entry in manifest.values())
 
 
+def test_notebooks_run_two_at_a_time_and_one_that_fails_is_named_and_stops_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASINLAB_OUT", "")
+    waits = "import pathlib, time\nwhile not pathlib.Path('made').exists(): time.sleep(0.1)"
+    codes = {"a": waits, "b": "open('made', 'w')", "c": "1 / 0", "d": "import time; time.sleep(600)"}
+    for name, code in codes.items():
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(sys, "argv", ["execute", *map(str, sorted(tmp_path.glob("*"))), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"c\.ipynb, cell 1: ZeroDivisionError"):
+        execute.main()
+    assert {path.name for path in tmp_path.glob("out/notebooks/*.ipynb")} == {"a.ipynb", "b.ipynb"}
+
+
 def test_each_figure_and_table_of_the_paper_has_cells_and_a_line_with_our_number_and_verdict(tmp_path, monkeypatch):
     assert (ROOT / "notebooks/paper.md").read_text(encoding="utf-8") == paper.page(), "run notebooks/paper.py"
     monkeypatch.setattr(paper, "FIGURES", tmp_path)
@@ -140,30 +152,18 @@ def site(tmp_path_factory):
     return folder
 
 
-def pages(site):
-    return [(page, (site / f"{page}.html").read_text()) for page in PAGES]
-
-
-def test_every_notebook_is_a_page_in_the_contents_and_the_search(site):
-    index, words = (site / "index.html").read_text(), (site / "searchindex.js").read_text()
-    assert all(f'href="{page}.html"' in index for page in PAGES if page != "index")
-    assert all(f'"{page}"' in words for page in PAGES)
-    assert "funnel" in words
-
-
-def test_no_link_or_picture_within_the_pages_is_broken(site):
+def test_every_notebook_is_a_page_where_no_link_or_picture_is_broken_and_nothing_needs_a_network(site):
+    texts, words = {page: (site / f"{page}.html").read_text() for page in PAGES}, (site / "searchindex.js").read_text()
+    others = [page for page in PAGES if page != "index"]
+    assert all(f'href="{page}.html"' in texts["index"] and f'"{page}"' in words for page in others)
     local = r'\s(?:href|src)="(?![a-z]+:|#|//)([^"#?]+)'
-    links = {(page, link) for page, text in pages(site) for link in re.findall(local, text)}
+    links = {(page, link) for page, text in texts.items() for link in re.findall(local, text)}
     assert len(links) > 50 and not {(page, link) for page, link in links if not (site / html.unescape(link)).exists()}
-
-
-def test_pages_need_no_network_for_scripts_styles_and_formulas(site):
     elsewhere = r'<(?:script|link)[^>]*(?:src|href)="(https?:[^"]*)'
-    assert not [(page, address) for page, text in pages(site) for address in re.findall(elsewhere, text)]
-    text = (site / "01_basin_observation.html").read_text()
+    assert not [(page, address) for page, text in texts.items() for address in re.findall(elsewhere, text)]
+    text = texts["01_basin_observation"]
     formulas = re.findall(r'<img src="data:image/svg[^>]*alt="([^"]*)" class="formula"', text)
-    assert len(formulas) >= 10 and any("Phi" in tex for tex in formulas)
-    assert "\\(" not in text  # none is left to a script
+    assert len(formulas) >= 10 and any("Phi" in tex for tex in formulas) and "\\(" not in text
 
 
 @pytest.fixture(scope="module")

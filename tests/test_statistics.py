@@ -13,7 +13,7 @@ def test_wilson_interval_agrees_with_scipy(successes, trials):
     for confidence in (0.9, 0.95):
         expected = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
         found = statistics.wilson_interval(successes, trials, confidence)
-        assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-12) and 0 <= found[0] <= found[1] <= 1
 
 
 @pytest.mark.parametrize("statistic", [np.mean, np.median])
