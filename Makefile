@@ -34,7 +34,7 @@ help:
 	@echo "make tune     try the settings of every mitigation  (13 minutes on 2 cores; resumes)"
 	@echo "make compare  sample the comparison, PROFILE=reader or paper (says how long; resumes)"
 	@echo "make site     pages of the notebooks, in build/site (seconds)"
-	@echo "make bench    time it all against diffusers' pipeline and this machine's limits (about an hour)"
+	@echo "make bench    time it all against diffusers' pipeline and this machine's limits (about half an hour)"
 	@echo "make lint     ruff only                           (seconds)"
 	@echo "make clean    remove .venv and caches, not build/ (seconds)"
 
@@ -102,7 +102,7 @@ site: $(INSTALLED)
 	@echo "site: open build/site/index.html"
 
 bench: $(INSTALLED)
-	@echo "bench: all benchmarks, one table in benchmarks/results (about an hour alone on 2 cores)"
+	@echo "bench: all benchmarks, one table in benchmarks/results (about half an hour alone on 2 cores)"
 	@$(PY) benchmarks/all.py
 
 # build/ stays: it may hold hours of training.

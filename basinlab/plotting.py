@@ -41,10 +41,10 @@ _FAMILIES = {  # the methods of the comparison: one colour a family
     "since the paper": (_PALETTE[5], ("GUARD", "PRSS", "stability", "APG", "CFG-Zero*")),
 }
 _NAMED = (  # what has the first colours of the palette; 0.6, 0.8 and 0.95 are shares of duplicates
-    ("memorized", "unguided", "new and right", "no guidance before", "unconditional", 0.8),
-    ("ordinary", "opposite guidance before", "dynamic", "conditional"),
-    ("ordinary, CFG", "object right", "static"),
-    ("memorized, CFG", "captured", "copied", "difference"),
+    ("unguided", "new and right", "no guidance before", "unconditional", 0.8),
+    ("opposite guidance before", "dynamic", "conditional"),
+    ("ordinary", "ordinary, CFG", "object right", "static"),
+    ("memorized", "memorized, CFG", "captured", "copied", "difference"),
     ("memorized, CFG late", "released", "measured", 0.95),
 )
 COLOURS = {name: _PALETTE[i] for i, names in enumerate(_NAMED) for name in names}

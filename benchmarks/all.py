@@ -15,7 +15,7 @@ import pandas as pd
 from common import RESULTS
 
 HERE = Path(__file__).parent
-RUNS = ["cold.py", "limits.py", "limits.py --dtype bfloat16", "sampling.py"]
+RUNS = ["cold.py", "limits.py", "limits.py --dtype bfloat16", "sampling.py --compiled"]
 RUNS += ["sweep.py", "sweep.py --dtype bfloat16", "scaling.py"]
 NAMES = "cold limits-float32 limits-bfloat16 sampling sweep-float32 sweep-bfloat16 scaling official".split()
 

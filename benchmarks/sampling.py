@@ -1,13 +1,13 @@
 """`sample` against diffusers' own pipeline, one picture a call and as many as ours at once, in one run.
 
-Both sides have the same weights, steps and guidance scale, pictures decoded, in alternating rounds; the figures that
-count are ratios of images a second. Also told: the share of our time inside the U-Net's forward, and the peak memory.
+Both sides have the same weights, steps and scale, pictures decoded, in alternating rounds; what counts are ratios.
 
-    python benchmarks/sampling.py
+    python benchmarks/sampling.py --compiled       # also with torch.compile: needs a C++ compiler and a minute
     python benchmarks/sampling.py --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16 --out build
 """
 
 import argparse
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="also with the U-Net compiled")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args()
     device, dtype, few = options.device, getattr(torch, options.dtype), min(options.batch, 4)
@@ -54,7 +55,7 @@ def main() -> None:
             noise = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
             pipeline(["an owl"] * batch, num_inference_steps=options.steps, generator=noise, output_type="pt")
 
-    def ours(guidance) -> None:
+    def ours(guidance, denoiser=denoiser) -> None:
         basinlab.sample(denoiser, "an owl", range(options.batch), guidance, **common).images()
 
     ways = {
@@ -63,6 +64,9 @@ def main() -> None:
         "basinlab, CFG": (partial(ours, basinlab.ConstantGuidance(7.5)), options.batch),
         "basinlab, STP at 500": (partial(ours, basinlab.StaticTransitionPoint(500, 7.5)), options.batch),
     }
+    if options.compiled:
+        (compiled := copy.deepcopy(denoiser)).unet.compile()
+        ways["basinlab, CFG, compiled"] = (partial(ours, ways["basinlab, CFG"][0].args[0], compiled), options.batch)
     columns = measured(ways, options.rounds, clocked(denoiser.unet, device), device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak_gib()
     columns["peak memory GiB"] = [peak]

@@ -5,7 +5,6 @@ Every round begins `accelerate launch` anew; timed is what the processes do toge
     python benchmarks/scaling.py
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -42,17 +41,14 @@ def launched(processes: int) -> float:  # samples a second
         several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*launcher, __file__, "--work", folder], env=environment, check=True, stderr=subprocess.DEVNULL)
+        options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "check": True, "stderr": subprocess.DEVNULL}
+        subprocess.run([*launcher, __file__, "--work", folder], **options)
         return json.loads((Path(folder) / "report.json").read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.work is not None:
-        return work(options.work)
+    if sys.argv[1:2] == ["--work"]:
+        return work(Path(sys.argv[2]))
     pairs = [(launched(1), launched(2)) for _ in range(3)]
     rows = [{"samples/s, 1 process": a, "samples/s, 2 processes": b, "2 processes / 1": b / a} for a, b in pairs]
     runs = f"{PROMPTS} prompts x {SEEDS} seeds x 2 methods, {STEPS} steps"
