@@ -188,20 +188,27 @@ def found_or_open(find: Callable) -> tuple[str, str]:
         return "not made yet", "open"
 
 
+def sections(notebook: Path):
+    """Number, a link, and the tags of its cells one by one, for each numbered section of a notebook."""
+    number = address = ""
+    for cell in json.loads(notebook.read_text())["cells"]:
+        for number, title in re.findall(r"^## (\d+\.\d+) (.*)", "".join(cell["source"]), re.MULTILINE):
+            name = re.sub(r"[^\w\- ]", "", f"{number} {title}".lower()).replace(" ", "-")  # as the pages name headings
+            address = f"[{notebook.name[:2]}, {number}]({notebook.name}#{name})"
+        yield number, address, cell["metadata"].get("tags", [])
+
+
 def where(name: str, entry: dict) -> str:
-    notebook = next((path.name for path in HERE.glob(f"{name[:2]}_*.ipynb")), "")
-    return f"[{name[:2]}, {entry['section']}]({notebook})"
+    """A link to the section that made the figure ``name``."""
+    for notebook in HERE.glob(f"{name[:2]}_*.ipynb"):
+        return next((address for number, address, _ in sections(notebook) if number == entry["section"]), "")
+    return ""
 
 
 def tagged(tag: str) -> str:
-    """The first section with a cell of that tag, for what is a table in the notebook and no picture."""
-    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        section = ""
-        for cell in json.loads(path.read_text())["cells"]:
-            section = (re.findall(r"^## (\d+\.\d+)", "".join(cell["source"]), re.MULTILINE) or [section])[-1]
-            if tag in cell["metadata"].get("tags", []):
-                return f"[{path.name[:2]}, {section}]({path.name})"
-    return ""
+    """A link to the first section with a cell of that tag, for what is a table in the notebook and no picture."""
+    every = (part for notebook in sorted(HERE.glob("[0-9][0-9]_*.ipynb")) for part in sections(notebook))
+    return next((address for _, address, tags in every if tag in tags), "")
 
 
 def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:

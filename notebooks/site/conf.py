@@ -19,6 +19,7 @@ extensions = ["myst_nb"]
 exclude_patterns = ["site", "**/.ipynb_checkpoints", ".*"]
 nb_execution_mode = "off"  # the committed outputs are the pages
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2  # paper.md names sections
 html_theme = "sphinx_book_theme"
 html_title = "The attraction basin, step by step"
 html_static_path, html_css_files = ["_static"], ["phone.css"]
