@@ -1,7 +1,4 @@
-"""From nothing to a picture: importing, loading, the first image; each round in a new process.
-
-python benchmarks/cold.py
-"""
+"""From nothing to a picture: importing, loading, the first image; each round in a new process."""
 
 import json
 import os

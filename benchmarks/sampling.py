@@ -2,7 +2,7 @@
 
 Both sides have the same weights, steps and scale, pictures decoded, in alternating rounds; what counts are ratios.
 
-    python benchmarks/sampling.py --compiled       # also with torch.compile: needs a C++ compiler and a minute
+    python benchmarks/sampling.py --compiled       # also with torch.compile: needs a C++ compiler and half a minute
     python benchmarks/sampling.py --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16 --out build
 """
 
@@ -61,15 +61,15 @@ def main() -> None:
     ways = {
         "pipeline, same batch": (partial(theirs, 1, options.batch), options.batch),
         "pipeline, one a call": (partial(theirs, few, 1), few),
-        "basinlab, CFG": (partial(ours, basinlab.ConstantGuidance(7.5)), options.batch),
+        "basinlab, CFG": (partial(ours, cfg := basinlab.ConstantGuidance(7.5)), options.batch),
         "basinlab, STP at 500": (partial(ours, basinlab.StaticTransitionPoint(500, 7.5)), options.batch),
     }
     if options.compiled:
         (compiled := copy.deepcopy(denoiser)).unet.compile()
-        ways["basinlab, CFG, compiled"] = (partial(ours, ways["basinlab, CFG"][0].args[0], compiled), options.batch)
+        ways["basinlab, CFG, compiled"] = (partial(ours, cfg, compiled), options.batch)
     columns = measured(ways, options.rounds, clocked(denoiser.unet, device), device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else peak_gib()
-    columns["peak memory GiB"] = [peak]
+    columns["peak memory GiB" + ", both models" * options.compiled] = [peak]
     note = f"{options.model}, batches of {options.batch}, {options.steps} steps, {options.dtype}, {options.device}"
     write("sampling", columns, note, options.out)
 

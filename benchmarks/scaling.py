@@ -1,10 +1,9 @@
 """The grid over 1 and 2 processes, one thread each: samples a second, and what is lost.
 
 Every round begins `accelerate launch` anew; timed is what the processes do together, once they have their weights.
-
-    python benchmarks/scaling.py
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -47,8 +46,10 @@ def launched(processes: int) -> float:  # samples a second
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--work"]:
-        return work(Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    if (folder := parser.parse_args().work) is not None:
+        return work(folder)
     pairs = [(launched(1), launched(2)) for _ in range(3)]
     rows = [{"samples/s, 1 process": a, "samples/s, 2 processes": b, "2 processes / 1": b / a} for a, b in pairs]
     runs = f"{PROMPTS} prompts x {SEEDS} seeds x 2 methods, {STEPS} steps"

@@ -27,7 +27,9 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -61,10 +63,16 @@ def pace_of_this_machine() -> float:
     return time.monotonic() - start
 
 
-def seconds_expected(notebook: nbformat.NotebookNode, pace: float) -> int | None:
-    """The seconds of the last run in this profile, as its metadata has them, at the ``pace`` of this machine."""
+def cores() -> int:
+    """The cores that this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
+
+
+def seconds_expected(notebook: nbformat.NotebookNode, pace: float, threads: int) -> int | None:
+    """The seconds of the last run in this profile, as its metadata has them, at this machine's pace and ``threads``."""
     last = notebook.metadata.get("basinlab", {}).get(PROFILE)
-    return last and round(last["seconds"] * pace / last["pace"])
+    return last and round(last["seconds"] * pace / last["pace"] * last["threads"] / threads)
 
 
 def seconds_together(seconds: list[int], at_once: int) -> int:
@@ -89,12 +97,12 @@ def smaller(picture: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float) -> str:
+def tidy(notebook: nbformat.NotebookNode, seconds: float, pace: float, threads: int) -> str:
     """The executed notebook as text, without what differs between equal runs."""
-    before = seconds_expected(notebook, pace)
+    before = seconds_expected(notebook, pace, threads)
     if before is None or abs(seconds - before) > max(2, before / 4):  # noise in timing is no news
         notebook.metadata.setdefault("basinlab", {}).pop("seconds", None)
-        notebook.metadata["basinlab"][PROFILE] = {"seconds": round(seconds), "pace": round(pace, 3)}
+        notebook.metadata["basinlab"][PROFILE] = {"seconds": round(seconds), "pace": round(pace, 3), "threads": threads}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": KERNEL}
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
@@ -154,27 +162,28 @@ def only(notebook: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode | N
     return notebook
 
 
-def execute(source: nbformat.NotebookNode, target: Path, pace: float) -> float:
-    """Run ``source`` from top to bottom in the folder of ``target``, write it there; the seconds it took."""
+def execute(source: nbformat.NotebookNode, target: Path, pace: float, threads: int) -> float:
+    """Run ``source`` from top to bottom, write it to ``target``; the seconds it took."""
     source.metadata.pop("widgets", None)  # of older editions
-    start, cwd = time.monotonic(), target.resolve().parent
-    executed = execute_notebook(source, None, kernel_name=KERNEL, cwd=cwd, progress_bar=False, extra_arguments=QUIET)
+    start = time.monotonic()
+    executed = execute_notebook(source, None, kernel_name=KERNEL, progress_bar=False, extra_arguments=QUIET)
     seconds = time.monotonic() - start
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(tidy(executed, seconds, pace), encoding="utf-8")
+    partial.write_text(tidy(executed, seconds, pace, threads), encoding="utf-8")
     os.replace(partial, target)
     return seconds
 
 
-def stop(pool: ThreadPoolExecutor, why: str) -> None:
-    """Begin no further notebook, end the kernels of those that run, and exit saying ``why``."""
+def end(pool: ThreadPoolExecutor, waiting: Iterable[Future]) -> None:
+    """Begin no further notebook, and end the kernels of those that run, or are only starting."""
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
     pool.shutdown(wait=False, cancel_futures=True)
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    pool.shutdown()
+    while not all(future.done() for future in waiting):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        time.sleep(0.1)
     signal.signal(signal.SIGINT, usual)
-    sys.exit(why)
 
 
 def main() -> None:
@@ -184,7 +193,7 @@ def main() -> None:
     parser.add_argument("--figure", help="only what this figure of the paper needs, such as 2 (or table-1)")
     parser.add_argument("--at-once", type=int, default=2, help="how many run at once and share the cores (default: 2)")
     options = parser.parse_args()
-    paths = [path if path.exists() else HERE / path.name for path in options.notebooks]
+    paths = [path.resolve() if path.exists() else HERE / path.name for path in dict.fromkeys(options.notebooks)]
     paths = paths or sorted(HERE.glob("[0-9][0-9]_*.ipynb")) or [HERE / "NN_*.ipynb"]
     if missing := [path.name for path in paths if not path.exists()]:
         parser.error(f"no notebook {', '.join(missing)} in {HERE}")
@@ -199,42 +208,47 @@ def main() -> None:
         paths, sources = [path for path, source in found if source], [source for _, source in found if source]
         if not paths:
             parser.error(f"no cell is tagged {tag}")
-    pace = pace_of_this_machine()
-    at_once = max(1, min(options.at_once, len(paths)))
-    if at_once > 1:  # the kernels' threads
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    ahead = {path: None if tag else seconds_expected(source, pace) for path, source in zip(paths, sources, strict=True)}
-    known = None not in ahead.values()
+    os.chdir(out / "notebooks")  # the kernels begin there
+    pace, at_once = pace_of_this_machine(), max(1, min(options.at_once, len(paths)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // at_once)
+    if at_once > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernels'
     jobs = dict(zip(paths, sources, strict=True))
-    if known:  # the shortest first, for something to look at; then the longest, so that both ends are busy to the end
-        order = sorted(paths, key=ahead.get)
-        jobs = {path: jobs[path] for path in [*order[:1], *order[:0:-1]]}
-        total = seconds_together([ahead[path] for path in jobs], at_once)
-        print(f"{len(jobs)} notebooks, about {clock(total)} minutes on this machine (profile {PROFILE})", flush=True)
+    ahead = {path: None if tag else seconds_expected(source, pace, threads) for path, source in jobs.items()}
+    if known := None not in ahead.values():
+        # the shortest first, for something to look at; then the longest, so that all are busy to the end
+        shortest, *others = sorted(jobs, key=ahead.get)
+        jobs = {path: jobs[path] for path in [shortest, *reversed(others)]}
+        total = clock(seconds_together([ahead[path] for path in jobs], at_once))
+        print(f"{len(jobs)} notebooks, about {total} minutes on this machine (profile {PROFILE})", flush=True)
     begin = time.monotonic()
 
     def run(path: Path) -> float:
         last = "not timed yet" if ahead[path] is None else f"about {clock(ahead[path])}"
-        print(f"{path.name}: running ({last})", flush=True)
-        return execute(jobs[path], out / "notebooks" / path.name, pace)
+        print(f"{path.name}: running ({last})\n", end="", flush=True)
+        return execute(jobs[path], out / "notebooks" / path.name, pace, threads)
 
     pool = ThreadPoolExecutor(at_once)
     waiting = {pool.submit(run, path): path for path in jobs}
     try:
-        for done in as_completed(waiting):
-            seconds, elapsed = done.result(), time.monotonic() - begin
-            left = f"about {clock(max(0, total - elapsed))} left" if known else "time left unknown"
-            print(f"{waiting.pop(done).name}: took {clock(seconds)}, {clock(elapsed)} elapsed, {left}", flush=True)
-    except PapermillExecutionError as error:
-        print(f"{waiting[done].name} failed\n{error}", flush=True)  # the traceback
-        name, cell = waiting[done].name, error.cell_index + 1
-        stop(pool, f"{name}, cell {cell}: {error.ename}: {error.evalue}\n{waiting[done]} is as it was")
-    except DeadKernelError:
-        died = f"{waiting[done].name}: its kernel died, often for want of memory (--at-once 1 needs half)"
-        stop(pool, f"{died}; {waiting[done]} is as it was")
-    except KeyboardInterrupt:
-        rest = " ".join(path.name for path in waiting.values())
-        stop(pool, f"stopped; those that ended are done; the rest, which is as it was: {__file__} {rest}")
+        for done in as_completed([*waiting]):
+            seconds, elapsed, name = done.result(), time.monotonic() - begin, waiting.pop(done).name
+            left = seconds_together([ahead[path] for path in waiting.values()], at_once) if known else None
+            left = "time left unknown" if left is None else f"at most about {clock(left)} left"
+            print(f"{name}: took {clock(seconds)}, {clock(elapsed)} elapsed, {left}\n", end="", flush=True)
+    except (PapermillExecutionError, DeadKernelError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            why = "stopped"
+        elif isinstance(error, PapermillExecutionError):
+            print(error, flush=True)  # the traceback
+            why = f"{waiting[done].name}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+        else:
+            half = " (--at-once 1 needs half)" * (at_once > 1)
+            why = f"{waiting[done].name}: its kernel died, often for want of memory{half}"
+        rest = " ".join(str(path) for path in paths if path in waiting.values())
+        sys.exit(f"{why}\nThese are as they were, all others are done: {rest}")
+    finally:
+        end(pool, waiting)
     print(f"{len(paths)} notebook{'s' * (len(paths) != 1)} executed; see {out / 'notebooks'} and {out / 'figures'}")
 
 

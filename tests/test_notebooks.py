@@ -44,7 +44,7 @@ def test_notebooks_and_figures_together_stay_small():
 def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_path, monkeypatch):
     for name, value in (("DATA", str(ROOT / "data")), ("PROFILE", "tiny"), ("OUT", "")):  # the kernel's, too
         monkeypatch.setenv(f"BASINLAB_{name}", value)
-    monkeypatch.setattr(execute, "PROFILE", "tiny")
+    monkeypatch.setattr(execute, "PROFILE", "tiny"), monkeypatch.chdir(tmp_path)
     content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
     text = "".join(cell.source for cell in content.cells if cell.cell_type == "markdown").partition("## Exercises")[2]
     content.cells += [nbformat.v4.new_code_cell(code) for code in re.findall("```python\n(.*?)```", text, re.DOTALL)]
@@ -61,9 +61,9 @@ def test_notebook_runs_with_its_answers_and_writes_its_figures(notebook, tmp_pat
 
 
 def test_notebooks_run_two_at_a_time_and_one_that_fails_is_named_and_stops_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setenv("BASINLAB_OUT", "")
+    monkeypatch.setenv("BASINLAB_OUT", ""), monkeypatch.setenv("OMP_NUM_THREADS", "1"), monkeypatch.chdir(tmp_path)
     waits = "import pathlib, time\nwhile not pathlib.Path('made').exists(): time.sleep(0.1)"
-    codes = {"a": waits, "b": "open('made', 'w')", "c": "1 / 0", "d": "import time; time.sleep(600)"}
+    codes = {"a": waits, "b": "open('made', 'w')", "c": "1 / 0", **dict.fromkeys("de", "import time; time.sleep(600)")}
     for name, code in codes.items():
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / f"{name}.ipynb")
     monkeypatch.setattr(sys, "argv", ["execute", *map(str, sorted(tmp_path.glob("*"))), "--out", str(tmp_path / "out")])
