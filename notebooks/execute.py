@@ -216,9 +216,9 @@ def main() -> None:
     jobs = dict(zip(paths, sources, strict=True))
     ahead = {path: None if tag else seconds_expected(source, pace, threads) for path, source in jobs.items()}
     if known := None not in ahead.values():
-        # the shortest first, for something to look at; then the longest, so that all are busy to the end
-        shortest, *others = sorted(jobs, key=ahead.get)
-        jobs = {path: jobs[path] for path in [shortest, *reversed(others)]}
+        # after the first, which is short and draws at once, the longest, so that all are busy to the end
+        first, *others = jobs
+        jobs = {path: jobs[path] for path in [first, *sorted(others, key=ahead.get, reverse=True)]}
         total = clock(seconds_together([ahead[path] for path in jobs], at_once))
         print(f"{len(jobs)} notebooks, about {total} minutes on this machine (profile {PROFILE})", flush=True)
     begin = time.monotonic()
