@@ -110,7 +110,7 @@ def signature() -> tuple[str, str]:
     return both(
         (text, "yes" if ratio >= 4 else "no"),
         claim("02_claims", "it is the exit", what="minimum within 60 timesteps of the measured point: "),
-        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="falls by half within 100 timesteps: "),
+        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="halves within 100 timesteps (01, 1.12): "),
         claim("02_claims", "opposite guidance leaves sooner", ".0f", "(b) timesteps sooner under opposite guidance: "),
     )
 
@@ -147,7 +147,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
      cliff, "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
+     lambda: claim("03_claims", "STP, finetuned, memorized: copied", what="one static point releases all; copied: "),
      TUNED),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the dynamic column is new.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
