@@ -110,7 +110,7 @@ def signature() -> tuple[str, str]:
     return both(
         (text, "yes" if ratio >= 4 else "no"),
         claim("02_claims", "it is the exit", what="minimum within 60 timesteps of the measured point: "),
-        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="halves within 100 timesteps (01, 1.12): "),
+        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="halves in 100 timesteps (01, 1.12): "),
         claim("02_claims", "opposite guidance leaves sooner", ".0f", "(b) timesteps sooner under opposite guidance: "),
     )
 
