@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -188,34 +189,30 @@ def found_or_open(find: Callable) -> tuple[str, str]:
         return "not made yet", "open"
 
 
-def sections(notebook: Path):
-    """Number, a link, and the tags of its cells one by one, for each numbered section of a notebook."""
-    number = address = ""
+@cache
+def sections(notebook: Path) -> list[tuple[str, str, list[str]]]:
+    """Of each cell of a notebook the number of its section, a link to that, and the cell's tags."""
+    found, number, address = [], "", ""
     for cell in json.loads(notebook.read_text())["cells"]:
         for number, title in re.findall(r"^## (\d+\.\d+) (.*)", "".join(cell["source"]), re.MULTILINE):
             name = re.sub(r"[^\w\- ]", "", f"{number} {title}".lower()).replace(" ", "-")  # as the pages name headings
             address = f"[{notebook.name[:2]}, {number}]({notebook.name}#{name})"
-        yield number, address, cell["metadata"].get("tags", [])
+        found.append((number, address, cell["metadata"].get("tags", [])))
+    return found
 
 
-def where(name: str, entry: dict) -> str:
-    """A link to the section that made the figure ``name``."""
-    for notebook in HERE.glob(f"{name[:2]}_*.ipynb"):
-        return next((address for number, address, _ in sections(notebook) if number == entry["section"]), "")
-    return ""
-
-
-def tagged(tag: str) -> str:
-    """A link to the first section with a cell of that tag, for what is a table in the notebook and no picture."""
-    every = (part for notebook in sorted(HERE.glob("[0-9][0-9]_*.ipynb")) for part in sections(notebook))
-    return next((address for _, address, tags in every if tag in tags), "")
+def where(holds: Callable[[str, list[str]], bool], notebook: str = "[0-9][0-9]") -> str:
+    """A link to the first section with a cell for whose section number and tags ``holds`` is true."""
+    every = (cell for path in sorted(HERE.glob(f"{notebook}_*.ipynb")) for cell in sections(path))
+    return next((address for number, address, tags in every if holds(number, tags)), "")
 
 
 def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:
     """A line of the page's table."""
     pictures = {n: e for n, e in manifest.items() if item in e.get("paper", "").split(", ")}
-    places = ", ".join(dict.fromkeys(where(name, entry) for name, entry in pictures.items()))
-    places = places or tagged(item.lower().replace(" ", "-"))
+    made = [where(lambda number, _, entry=entry: number == entry["section"], n[:2]) for n, entry in pictures.items()]
+    tag = item.lower().replace(" ", "-")  # of what is a table in the notebook and no picture
+    places = ", ".join(dict.fromkeys(made)) or where(lambda _, tags: tag in tags)
     drawn = [name for name in pictures if (FIGURES / f"{name}.png").exists()]
     drawn.sort(key=lambda name: (name.startswith("00"), "classes" in name, "error" in name, name))
     thumbnails = " ".join(f"![Our {item}: {name}](../figures/{name}.png)" for name in drawn[:3])
