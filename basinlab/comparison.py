@@ -238,8 +238,8 @@ MEASURES = {  # name -> its heading, and whether more of it is better on memoriz
     "sscd_95": ("SSCD, 95th percentile", False), "object_right": ("object right", True),
     "clip_score": ("CLIP score", True), "new_and_right": ("new and right", True), "cmmd": ("CMMD", False),
     "diversity": ("diversity", True), "saturated": ("saturated", False),
-    "sharpness": ("sharpness", True), "calls": ("predictions, times CFG's", None),
-    "gradient_passes": ("gradient passes", None), "seconds": ("seconds, times CFG's", None),
+    "sharpness": ("sharpness", True), "calls": ("predictions, multiple of CFG's", None),
+    "gradient_passes": ("gradient passes", None), "seconds": ("seconds, multiple of CFG's", None),
 }  # fmt: skip
 
 

@@ -117,14 +117,14 @@ def thumbnails(axis, rows: pd.DataFrame, right: bool = False) -> None:
     Columns picture [3, h, w], label, copied (which frames it; NA: no frame), and x and y of the place (NaN: no line).
     """
     for k, row in enumerate(rows.itertuples()):
+        place, side, edge = (k + 0.5) / len(rows), *(((-0.05, 0.5), (0, 0.5)) if right else ((0.5, -0.08), (0.5, 0)))
         image = OffsetImage(row.picture.permute(1, 2, 0).numpy(), zoom=46 / row.picture.shape[-1])
         box = VPacker(children=[TextArea(row.label, textprops={"fontsize": 8}), image], align="center", pad=0, sep=2)
         frame = {"edgecolor": COLOURS["copied"] if pd.notna(row.copied) and row.copied else "0.8", "linewidth": 2}
         looks = {"bboxprops": frame, "pad": 0.15, "annotation_clip": False, "boxcoords": "axes fraction"}
         if np.isfinite(row.y):
-            looks["arrowprops"] = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.7}
+            looks["arrowprops"] = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "relpos": edge}
             axis.plot(row.x, row.y, "o", color="0.3", markersize=4, clip_on=False)
-        place, side = (k + 0.5) / len(rows), (-0.05, 0.5) if right else (0.5, -0.08)
         at = (1, 1 - place) if right else (place, 1)
         point, of = ((row.x, row.y), "data") if np.isfinite(row.y) else (at, "axes fraction")
         axis.add_artist(AnnotationBbox(box, point, at, xycoords=of, box_alignment=side, **looks))

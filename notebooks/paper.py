@@ -26,23 +26,35 @@ numbers are of Stable Diffusion, ours of a small model for which we know what wa
 the units. `notebooks/paper.py` makes this page from the tables in `figures/`.
 
 Words of the table: *t* runs from 999 (noise) to 0 (picture). STP gives no guidance before a fixed *t* (the static
-point), DTP none before a time that each sample finds by itself (the dynamic point). OG turns the guidance round before
-that. The *share* says how often a memorized caption came with its duplicate in training: 0.6, 0.8 or 0.95. *Duplicated*
-is our model with duplicates; *finetuned* and *classes* were fine-tuned without any.
+point), DTP none before a time that each sample finds by itself (the dynamic point). OG (opposite guidance) reverses the
+sign of the guidance before that point (OG + STP, OG + DTP). The *magnitude* is the norm of the difference between the
+predictions with and without the caption; *T* is the first timestep, 999. The *share* says how often a memorized caption
+came with its duplicate in training: 0.6, 0.8 or 0.95. *Duplicated* is our model with duplicates; *finetuned* and
+*classes* were fine-tuned without any.
 
 | paper | what is on it, and the paper's number | here | ours | verdict, and why |
 |---|---|---|---|---|
 """
 BELIEFS = [  # a sentence, what is measured, the table and the beginning of the claim that says how far it holds
-    ("Guidance from the first step makes the copy", "share copied", "02_claims", "too early is memorized"),
-    ("When it starts decides: the outcome flips at most once", "share of samples", "02_claims", "at most one flip"),
+    ("Guidance from the first step makes the copy", "share copied", "01_scorecard", "memorized, CFG from T: copied"),
+    ("The start of guidance decides: one flip at most", "share of samples", "02_claims", "at most one flip"),
     ("Never guided, the caption is lost", "object right", "02_claims", "too late loses the text"),
-    ("Reversed guidance leaves sooner", "timesteps", "02_claims", "opposite guidance leaves sooner"),
-    ("The magnitude's first minimum is the exit", "within 60 timesteps", "02_claims", "it is the exit"),
-    ("One static point releases every copy", "share copied", "02_claims", "STP: nothing is memorized"),
-    ("It keeps the caption's object", "object right", "02_claims", "STP: the text is kept"),
-    ("With opposite guidance before it no copy is left", "share copied", "02_claims", "OG + STP: nothing is memorized"),
-    ("That keeps the object, too", "object right", "02_claims", "OG + STP: the text is kept"),
+    ("Reversed guidance leaves sooner", "timesteps", "01_scorecard", "opposite guidance leaves sooner"),
+    ("The magnitude's first minimum is the exit", "within 60 timesteps", "01_scorecard", "... within 60 timesteps"),
+    ("One static point releases every copy", "share copied", "01_scorecard", "memorized, copied: no guidance"),
+    (
+        "The static point keeps the caption's object",
+        "object right",
+        "01_scorecard",
+        "memorized, object right: no guidance",
+    ),
+    ("Opposite guidance before it leaves no copy", "share copied", "01_scorecard", "memorized, copied: opposite"),
+    (
+        "Opposite guidance before it keeps the object",
+        "object right",
+        "01_scorecard",
+        "memorized, object right: opposite",
+    ),
 ]
 TAIL = """
 ## What this model cannot say
@@ -84,10 +96,11 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    moved = "when moved {:.2g} of the way to the unguided state"
-    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "no displaced state escapes"
+    moved = "{:.2g} of the way"
+    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "none escapes"
     end = f"half escape {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
-    text = f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
+    text = "states are moved from the captured towards the unguided trajectory: "
+    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
@@ -111,7 +124,9 @@ def signature() -> tuple[str, str]:
     return both(
         (text, "yes" if ratio >= 4 else "no"),
         claim("02_claims", "it is the exit", what="minimum within 60 timesteps of the measured point: "),
-        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="halves in 100 timesteps (01, 1.12): "),
+        claim(
+            "01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves in 100 timesteps (01, 1.12) in: "
+        ),
         claim("02_claims", "opposite guidance leaves sooner", ".0f", "(b) timesteps sooner under opposite guidance: "),
     )
 
@@ -120,8 +135,8 @@ def cliff() -> tuple[str, str]:
     lines = table("03_norms").query("scenario == 'emoji-finetuned' and name == 'difference'")
     lines = lines.sort_values("t", ascending=False).reset_index()
     fall = (lines["value"].cummax() / lines["value"]).max()
-    text = f"{lines['value'].iloc[0]:.2f} at T, largest {lines['value'].max():.2f}; after a maximum it never falls"
-    return f"{text} below {1 / fall:.0%} of it (goal: a fall to 50%)", "yes" if fall >= 2 else "no"
+    text = f"{lines['value'].iloc[0]:.2f} at T, {lines['value'].max():.2f} at its largest; after a maximum it "
+    return f"{text}never falls below {1 / fall:.0%} of that maximum (goal: a fall to 50%)", "yes" if fall >= 2 else "no"
 
 
 def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[str, str]:
@@ -134,8 +149,11 @@ def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[s
     return f"{mean}{method} {told(own)} (goal: below CFG's {told(cfg)})", verdict
 
 
-EARLY = "the magnitude's first minimum often comes a few steps before the exit, and guidance then starts still inside"
-TUNED = "the rule was tuned on emoji-duplicated, and this model's basin is left later"
+EARLY = (
+    "in some samples the magnitude's first minimum comes before the exit, so guidance starts while the trajectory is "
+    "still inside the basin"
+)
+TUNED = "the rule's setting was tuned on *duplicated*, and in this model trajectories leave the basin later"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
      "few trajectories of one prompt"),
@@ -143,35 +161,41 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      lambda: flips("no guidance before"), "of some shares of duplicates no sample flips"),
     ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner.",
      lambda: both(flips("opposite guidance before"),
-                  claim("02_claims", "opposite guidance leaves sooner", ".0f", "median of all pairs, timesteps: ")),
+                  claim("02_claims", "opposite guidance leaves sooner", ".0f",
+                        "timesteps sooner, median of all pairs of a caption and a noise: ")),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
      cliff, "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: claim("03_claims", "STP, finetuned, memorized: copied", what="one static point releases all; copied: "),
+     lambda: claim("03_claims", "STP, finetuned, memorized: copied",
+                   what="claim tested: one static point releases all; copied: "),
      TUNED),
-    ("Fig. 6", "Duplicated: each prompt flips at another start; the dynamic column is new.",
+    ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
      EARLY),
-    ("Fig. 7", "Magnitude at T 4 to 8 for memorized against 0.3 to 0.5 for ordinary captions; it falls almost "
+    ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
      "vertically at the exit; (b) under opposite guidance it falls above t = 900.", signature,
-     "shares of 0.6 to 0.95 leave the caption another meaning, so that the prediction changes gently; and " + EARLY),
+     "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
+     "prediction changes gently; and " + EARLY),
     ("Fig. 8", "Grid: training picture, earlier methods, STP, OG + STP.",
      lambda: claim("03_claims", "OG + STP, finetuned, memorized: copied", what="copied under OG + STP: "),
      TUNED),
     ("Fig. 9", "Grid: DTP and OG + DTP.",
      lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied", what="copied under OG + DTP: "), EARLY),
-    ("Table 1", "95th percentile of the similarity: none .6504, STP .2857, OG + STP .3811. (CLIP score, FID: in 03.)",
+    ("Table 1", "95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP score, "
+     "FID: in 03.)",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), TUNED),
-    ("Table 2", "The same: none .3702, CFG from 700 .3018, from 600 .2756.", lambda: lower("emoji-classes", "STP"),
+    ("Table 2", "95th percentile of the similarity: no mitigation .3702, CFG from 700 .3018, from 600 .2756.",
+     lambda: lower("emoji-classes", "STP"),
      "twenty samples are too few"),
-    ("Table 3", "The same: none .7977, DTP .5885, OG + DTP .6915; mean .5513, .2866, .2844.",
+    ("Table 3", "95th percentile of the similarity: no mitigation .7977, DTP .5885, OG + DTP .6915; mean .5513, "
+     ".2866, .2844.",
      lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
                     for rule in ("DTP", "OG + DTP"))),
-     "where a rule leaves more than 5% copies, the 95th percentile is the similarity of a copy"),
+     "if more than 5% of the samples are copies, the 95th percentile falls on a copy"),
     ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.",
-     lambda: claim("02_claims", "no extra cost", ".0f", "most predictions an image: "), ""),
+     lambda: claim("02_claims", "no extra cost", ".0f", "predictions for an image, at most: "), ""),
 ]  # fmt: skip
 
 

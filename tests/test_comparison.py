@@ -188,7 +188,7 @@ def test_the_kept_table_is_of_these_weights_judges_and_methods_and_no_others(mon
     assert len(table) == 10684 and table.attrs["made_with"]
     rows = comparison.summary(table.query("of == 'methods' and scenario == @comparison.MAIN and group == 'memorized'"))
     copied = rows.query("measure == 'copied'").set_index("method")["value"]
-    assert copied["CFG"] == pytest.approx(5 / 6) and copied["OG + DTP"] < copied["CFG"]
+    assert copied["CFG"] == pytest.approx(89 / 96) and copied["OG + DTP"] < copied["CFG"]
     monkeypatch.setattr(comparison, "compare", lambda *given: pd.DataFrame({"made": [given[0].name]}))
     monkeypatch.setattr(comparison, "digest", lambda given: "other")
     assert comparison.obtain("paper", folder=None)["made"].tolist() == [*comparison.SCENARIOS]

@@ -66,6 +66,7 @@ def test_the_scorecard_the_radius_and_the_layout_floor_are_the_committed_ones(ke
     if "VAE, unseen scenes: SSCD of reconstruction to original" not in card.index:  # the student is not installed
         committed = committed.drop("VAE, unseen scenes: SSCD of reconstruction to original")
     assert card.index.equals(committed.index) and card["verdict"].equals(committed["verdict"])
+    assert not (card["low"] > card["high"]).any()  # as where a quotient's divisor is below 0
     pd.testing.assert_series_equal(card["value"], committed["value"], rtol=0.02)
 
 
@@ -103,9 +104,8 @@ def test_the_evaluation_gives_all_that_is_kept_and_its_scorecard_asks_for(kept, 
 
 def test_measures_of_the_scorecards_on_known_curves_and_pictures():
     falling, twice = ([1.0, 0.9, 0.1, 0.0], [1.0, 0.25, 0.75, 0.0])
-    for values, expected in ((falling, [600]), (falling[:2], []), (twice, [900 - 400 / 3, 600, 500 - 200 / 3])):
-        curve = pd.Series(values, index=[900, 700, 500, 300][: len(values)])
-        assert scorecard.half_crossings(curve) == pytest.approx(expected)
+    for values, at in ((falling, [600]), (falling[:2], []), (twice, [900 - 400 / 3, 600, 500 - 200 / 3])):
+        assert scorecard.half_crossings(pd.Series(values, [900, 700, 500, 300][: len(values)])) == pytest.approx(at)
     # the largest fall is within a hundred timesteps, and relative to the peak
     curves = np.array([[1, 4, 2, 2], [1, 1, 1, 1], [1, 4, 4, 1]], float)
     assert scorecard.largest_fall(curves, np.array([900, 800, 700, 550])).tolist() == [0.5, 0, 0]

@@ -176,7 +176,7 @@ def _memorization(claims: Claims, table: pd.DataFrame, radius: float) -> None:
         least = 0.97 if share == 0.95 else -np.inf
         claims.share(f"... where the duplicate's share is {share}", part["copied"], least=least)
     between = (always["distance"] > radius) & (always["distance"] <= 1.5 * radius)
-    claims.share("... just outside the ball, at 1.0 to 1.5 radii", between, most=0.02)
+    claims.share("... share of samples just outside the ball, at 1.0 to 1.5 radii", between, most=0.02)
     falls_through_half(claims, table.query("group == 'sweep' and guidance == 'none'"))
 
 
@@ -187,9 +187,11 @@ def falls_through_half(claims: Claims, swept: pd.DataFrame) -> None:
         return half_crossings(part.groupby("start")["copied"].mean())
 
     found = crossings(swept)
-    claims.number("memorized: times that capture falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1)
+    claims.number(
+        "memorized: how often the share copied falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1
+    )
     interval = over_prompts(swept, lambda part: (crossings(part) or [np.nan])[0])
-    claim = "memorized: start t at which capture falls through 1/2"
+    claim = "memorized: start t at which it falls through 1/2"
     claims.number(claim, found[0] if found else np.nan, *interval, len(swept), least=300, most=850)
 
 
@@ -202,14 +204,15 @@ def tint(claims: Claims, ordinary: pd.DataFrame, denoiser: Denoiser) -> None:
         return noise_colour_correlation(part, linear)
 
     found = correlation(named), *over_prompts(named, correlation), len(named)
-    claims.number("ordinary, colour named: background's correlation with noise's mean", *found, least=-0.2, most=0.2)
+    claim = "ordinary, colour named: correlation of the background's colour with that of the noise's mean alone"
+    claims.number(claim, *found, least=-0.2, most=0.2)
 
 
 def saturation(claims: Claims, table: pd.DataFrame) -> None:
     real = float(metrics.saturated_share(unseen_scenes()[0]).mean())
     for group in ("ordinary", "memorized"):
         values = table.query("group == @group and guidance == 'cfg'")["saturated"].to_numpy() / real
-        claim = f"{group}, CFG from T: saturated pixels, times real scenes'"
+        claim = f"{group}, CFG from T: saturated pixels, as a multiple of real scenes'"
         claims.number(claim, values.mean(), *bootstrap_interval(values), len(values), most=3)
 
 
@@ -221,9 +224,9 @@ def _starts(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
         start = chosen_start(table, scenario, guidance)
         rows = table.query("group == 'sweep' and guidance == @guidance and start == @start")
         rows = rows[rows["prompt"].isin(others)]
-        claims.share(f"memorized, {name} until {start}: copied", rows["copied"], most=most)
-        claims.share(f"memorized, {name} until {start}: object right", rows["object_right"], least=least)
-        _similarity(claims, f"memorized, {name} until {start}: SSCD to the attractor", rows, most=0.25)
+        claims.share(f"memorized, copied: {name} until {start}", rows["copied"], most=most)
+        claims.share(f"memorized, object right: {name} until {start}", rows["object_right"], least=least)
+        _similarity(claims, f"memorized, SSCD to the attractor: {name} until {start}", rows, most=0.25)
 
 
 def _similarity(claims: Claims, claim: str, rows: pd.DataFrame, **goal) -> None:
@@ -238,13 +241,13 @@ def _judges(claims: Claims, table: pd.DataFrame, scenario: Scenario) -> None:
     memorized = table[table["group"] == "memorized"].groupby("guidance")
     for guidance, name, goal in (("cfg", "CFG from T", {"least": 0.55}), ("none", "unguided", {"most": 0.1})):
         rows = memorized.get_group(guidance)
-        _similarity(claims, f"memorized, {name}: SSCD to the attractor", rows, **goal)
+        _similarity(claims, f"memorized, SSCD to the attractor: {name}", rows, **goal)
     rows = table.query("group in ('memorized', 'sweep')")
     held_out = rows["prompt"].isin(scenario.table("memorized")["prompt"].tail(HELD_OUT))
     known, rest = rows[held_out], rows[~held_out]
     limits = np.quantile(known["pixels"], np.linspace(0, 1, 400))
     limit = max(limits, key=lambda x: ((known["pixels"] >= x) == known["copied"]).mean())
-    claim = f"memorized: pixels' correlation over {limit:.3f} agrees with the descriptor"
+    claim = f"memorized: pixel correlation (a copy: over {limit:.3f}) and descriptor agree"
     claims.share(claim, (rest["pixels"] >= limit) == rest["copied"], least=0.98)
 
 
@@ -274,8 +277,10 @@ def _unconditional(claims: Claims, table: pd.DataFrame, judges: Judges) -> None:
     for part, groups in ((rows, rows["seed"]), (ordinary, ordinary["prompt"])):
         features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
         found.append(metrics.cmmd(features, real, groups.tolist()))
-    claim = "unconditional: CMMD to real scenes, times that of ordinary prompts under CFG"
-    claims.number(claim, *(value / found[1][0] for value in found[0]), len(rows), most=2)
+    (ours, _, most), (theirs, _, largest) = found  # a difference: theirs may be 0, and a ratio would mean nothing
+    half = float(np.hypot(most - ours, 2 * (largest - theirs)))
+    claim = "unconditional: CMMD to real scenes, minus twice that of ordinary prompts under CFG"
+    claims.number(claim, ours - 2 * theirs, ours - 2 * theirs - half, ours - 2 * theirs + half, len(rows), most=0)
 
 
 def _magnitude(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
