@@ -116,8 +116,8 @@ def thumbnails(axis, rows: pd.DataFrame, right: bool = False) -> None:
 
     Columns picture [3, h, w], label, copied (which frames it; NA: no frame), and x and y of the place (NaN: no line).
     """
-    for k, row in enumerate(rows.itertuples()):
-        place, side, edge = (k + 0.5) / len(rows), *(((-0.05, 0.5), (0, 0.5)) if right else ((0.5, -0.08), (0.5, 0)))
+    side, edge = ((-0.05, 0.5), (0, 0.5)) if right else ((0.5, -0.08), (0.5, 0))  # of the box, towards the plot
+    for place, row in zip((np.arange(len(rows)) + 0.5) / len(rows), rows.itertuples(), strict=True):
         image = OffsetImage(row.picture.permute(1, 2, 0).numpy(), zoom=46 / row.picture.shape[-1])
         box = VPacker(children=[TextArea(row.label, textprops={"fontsize": 8}), image], align="center", pad=0, sep=2)
         frame = {"edgecolor": COLOURS["copied"] if pd.notna(row.copied) and row.copied else "0.8", "linewidth": 2}

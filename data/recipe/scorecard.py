@@ -278,9 +278,9 @@ def _unconditional(claims: Claims, table: pd.DataFrame, judges: Judges) -> None:
         features = torch.from_numpy(np.stack(part["clip"]).astype(np.float32))
         found.append(metrics.cmmd(features, real, groups.tolist()))
     (ours, _, most), (theirs, _, largest) = found  # a difference: theirs may be 0, and a ratio would mean nothing
-    half = float(np.hypot(most - ours, 2 * (largest - theirs)))
+    value, half = ours - 2 * theirs, float(np.hypot(most - ours, 2 * (largest - theirs)))
     claim = "unconditional: CMMD to real scenes, minus twice that of ordinary prompts under CFG"
-    claims.number(claim, ours - 2 * theirs, ours - 2 * theirs - half, ours - 2 * theirs + half, len(rows), most=0)
+    claims.number(claim, value, value - half, value + half, len(rows), most=0)
 
 
 def _magnitude(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
