@@ -6,7 +6,6 @@ python benchmarks/kills.py --kills 50         # half an hour on 2 cores; half of
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -43,7 +43,8 @@ def survives(name: str, kills: int, rng: random.Random, whole: Path, killed: Pat
     for _ in range(kills):
         run = start(name, killed)
         time.sleep(rng.uniform(0, seconds))
-        os.killpg(run.pid, signal.SIGKILL)
+        every = [run, *psutil.Process(run.pid).children(recursive=True)]  # accelerate's workers would outlive it
+        subprocess.run(["kill", "-9", *(str(process.pid) for process in every)], stderr=subprocess.DEVNULL)
         run.wait()
     assert start(name, killed).wait() == 0
     expected, found = tables(whole), tables(killed)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -20,10 +21,11 @@ HEAD = """# The paper, figure by figure
 Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Memorization*, CVPR 2025
 ([arXiv 2411.16738](https://arxiv.org/abs/2411.16738)). The paper says: guidance inside the attraction basin makes the
 copy; a trajectory leaves the basin at some time; guidance that starts then gives a new picture with the caption's
-object. Here is each of its figures and tables, where it is in these notebooks, its number beside ours, and a verdict:
-**yes**, **no**, or **undecided** (our 95% interval lies across the goal, which was set before looking). The paper's
-numbers are of Stable Diffusion, ours of a small model for which we know what was memorized: compare what happens, not
-the units. `notebooks/paper.py` makes this page from the tables in `figures/`.
+object. The table lists each of its figures and tables: where we reproduce it, the paper's number, ours with its 95%
+interval and where that stands, and a verdict: **yes**, **no**, or **undecided** (the interval lies across the goal,
+which was set before looking). A row with several numbers has the verdict of the worst. The paper's numbers are of
+Stable Diffusion, ours of a small model for which we know what was memorized: compare what happens, not the units.
+`notebooks/paper.py` makes this page from the tables in `figures/`.
 
 Words of the table: *t* runs from 999 (noise) to 0 (picture). STP gives no guidance before a fixed *t* (the static
 point), DTP none before a time that each sample finds by itself (the dynamic point). OG (opposite guidance) reverses the
@@ -40,7 +42,7 @@ BELIEFS = [  # a sentence, what is measured, the table and the beginning of the 
     ("The start of guidance decides: one flip at most", "share of samples", "02_claims", "at most one flip"),
     ("Never guided, the caption is lost", "object right", "02_claims", "too late loses the text"),
     ("Reversed guidance leaves sooner", "timesteps", "01_scorecard", "opposite guidance leaves sooner"),
-    ("The magnitude's first minimum is the exit", "within 60 timesteps", "01_scorecard", "... within 60 timesteps"),
+    ("The magnitude's first minimum is the exit", "within 60 timesteps", "01_scorecard", "... and that point"),
     ("One static point releases every copy", "share copied", "01_scorecard", "memorized, copied: no guidance"),
     (
         "The static point keeps the caption's object",
@@ -48,9 +50,14 @@ BELIEFS = [  # a sentence, what is measured, the table and the beginning of the 
         "01_scorecard",
         "memorized, object right: no guidance",
     ),
-    ("Opposite guidance before it leaves no copy", "share copied", "01_scorecard", "memorized, copied: opposite"),
     (
-        "Opposite guidance before it keeps the object",
+        "Opposite guidance before a static point of its own leaves no copy",
+        "share copied",
+        "01_scorecard",
+        "memorized, copied: opposite",
+    ),
+    (
+        "Opposite guidance before that point keeps the object",
         "object right",
         "01_scorecard",
         "memorized, object right: opposite",
@@ -59,8 +66,9 @@ BELIEFS = [  # a sentence, what is measured, the table and the beginning of the 
 TAIL = """
 ## What this model cannot say
 
-* It was *built* to have an exit: memorized captions also came with other pictures. Without that there is none
-  (notebook 00, exercise 2). So a *yes* shows that the mechanism is possible, not how common it is.
+* It was *built* to have an exit: memorized captions also came with other pictures. In the exact world there is none
+  without that (notebook 00, exercise 2). In the fine-tuned model, where each caption came with one picture, some
+  captions have one all the same (03, 3.1). So a *yes* shows that the mechanism is possible, not how common it is.
 * It is one world of one kind of picture, and small.
 * Its judges (the descriptor, CLIP) were trained on the same world.
 * A small model can refute "this always works". It cannot show that it works, or fails, on Stable Diffusion.
@@ -82,9 +90,9 @@ def told(row, form: str = ".2f") -> str:
 
 def claim(name: str, start: str, form: str = ".2f", what: str = "") -> tuple[str, str]:
     """What was found of the claim in figures/NAME.csv whose text begins so, after ``what`` it is; and its verdict."""
-    found = table(name)
-    row = found[found["claim"].str.startswith(start)].iloc[0]
-    return f"{what}{told(row, form)} (goal: {row['goal']})", row["verdict"]
+    found, section = table(name), {"01": "01, 1.12", "02": "02, 2.8", "03": "03, 3.9"}[name[:2]]
+    row = found[[fnmatch(text, f"{start}*") for text in found["claim"]]].iloc[0]
+    return f"{what}{told(row, form)} ({section}; goal: {row['goal']})", row["verdict"]
 
 
 def both(*found: tuple[str, str]) -> tuple[str, str]:
@@ -97,7 +105,7 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     moved = "{:.2g} of the way"
-    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "none escapes"
+    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "fewer than half escape"
     end = f"half escape {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
     text = "states are moved from the captured towards the unguided trajectory: "
     text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
@@ -123,20 +131,23 @@ def signature() -> tuple[str, str]:
     text += f"{ratio:.1f} times as much (goal: 4)"
     return both(
         (text, "yes" if ratio >= 4 else "no"),
-        claim("02_claims", "it is the exit", what="minimum within 60 timesteps of the measured point: "),
-        claim(
-            "01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves in 100 timesteps (01, 1.12) in: "
-        ),
-        claim("02_claims", "opposite guidance leaves sooner", ".0f", "(b) timesteps sooner under opposite guidance: "),
+        claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
+        claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
+        sooner("(b) of the outcome, not of the magnitude's fall: "),
     )
+
+
+def sooner(before: str = "") -> tuple[str, str]:
+    what = f"{before}timesteps sooner under opposite guidance, median: "
+    return claim("01_scorecard", "opposite guidance leaves sooner", ".0f", what)
 
 
 def cliff() -> tuple[str, str]:
     lines = table("03_norms").query("scenario == 'emoji-finetuned' and name == 'difference'")
     lines = lines.sort_values("t", ascending=False).reset_index()
     fall = (lines["value"].cummax() / lines["value"]).max()
-    text = f"{lines['value'].iloc[0]:.2f} at T, {lines['value'].max():.2f} at its largest; after a maximum it "
-    return f"{text}never falls below {1 / fall:.0%} of that maximum (goal: a fall to 50%)", "yes" if fall >= 2 else "no"
+    text = f"{lines['value'].iloc[0]:.2f} at T, {lines['value'].max():.2f} at its largest; from a maximum it falls by "
+    return f"{text}{1 - 1 / fall:.0%} at most (goal: by 50%)", "yes" if fall >= 2 else "no"
 
 
 def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[str, str]:
@@ -149,40 +160,48 @@ def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[s
     return f"{mean}{method} {told(own)} (goal: below CFG's {told(cfg)})", verdict
 
 
-EARLY = (
-    "in some samples the magnitude's first minimum comes before the exit, so guidance starts while the trajectory is "
-    "still inside the basin"
-)
-TUNED = "the rule's setting was tuned on *duplicated*, and in this model trajectories leave the basin later"
+def wen() -> tuple[str, str]:
+    """What the paper compares its cost with."""
+    rows = table("03_table").query("scenario == 'emoji-duplicated' and group == 'memorized' and measure == 'calls'")
+    return f"Wen, as a multiple of CFG's: {told(rows.set_index('method').loc['Wen'])} (03, 3.4)", "reported"
+
+
+UNTESTED = "a likely cause, not tested: "
+FALLS = "its cause in 02, 2.4: some samples have no minimum by the static point, where the rule starts anyway, inside "
+FALLS += "the basin; in others the first minimum comes before the exit"
+GENTLY = "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
+GENTLY += "prediction changes gently"
+TUNED = "the rule's setting was tuned on *duplicated*; a later start leaves fewer copies, and loses objects (01, 1.12)"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
-     "few trajectories of one prompt"),
-    ("Fig. 2", "One prompt: the last copy at 779, the first new picture at 759. (Its curve: see Fig. 7.)",
+     UNTESTED + "few trajectories of one prompt"),
+    ("Fig. 2", "One prompt: the last copy at 779, the first new picture at 759, as its curve falls. (Left panels.)",
      lambda: flips("no guidance before"), "of some shares of duplicates no sample flips"),
-    ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner.",
-     lambda: both(flips("opposite guidance before"),
-                  claim("02_claims", "opposite guidance leaves sooner", ".0f",
-                        "timesteps sooner, median of all pairs of a caption and a noise: ")),
+    ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner. (Right panels.)",
+     lambda: both(flips("opposite guidance before"), sooner()),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
-     cliff, "in training each caption fitted its picture, so the two predictions stay different"),
+     cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: claim("03_claims", "STP, finetuned, memorized: copied",
-                   what="claim tested: one static point releases all; copied: "),
+     lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="at this model's own start: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="object right there: ")),
      TUNED),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
-     EARLY),
+     FALLS),
     ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
      "vertically at the exit; (b) under opposite guidance it falls above t = 900.", signature,
-     "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
-     "prediction changes gently; and " + EARLY),
+     UNTESTED + GENTLY),
     ("Fig. 8", "Grid: training picture, earlier methods, STP, OG + STP.",
-     lambda: claim("03_claims", "OG + STP, finetuned, memorized: copied", what="copied under OG + STP: "),
+     lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
+                    for rule in ("STP", "OG + STP"))),
      TUNED),
     ("Fig. 9", "Grid: DTP and OG + DTP.",
-     lambda: claim("03_claims", "OG + DTP, duplicated, memorized: copied", what="copied under OG + DTP: "), EARLY),
+     lambda: both(*(claim("03_claims", f"{rule}, duplicated, memorized: copied", what=f"copied under {rule}: ")
+                    for rule in ("DTP", "OG + DTP"))),
+     FALLS),
     ("Table 1", "95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP score, "
      "FID: in 03.)",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), TUNED),
@@ -195,7 +214,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
                     for rule in ("DTP", "OG + DTP"))),
      "if more than 5% of the samples are copies, the 95th percentile falls on a copy"),
     ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.",
-     lambda: claim("02_claims", "no extra cost", ".0f", "predictions for an image, at most: "), ""),
+     lambda: both(claim("02_claims", "no extra cost", ".0f", "predictions for an image, at most: "), wen()), ""),
 ]  # fmt: skip
 
 
@@ -241,7 +260,7 @@ def row(item: str, shown: str, find: Callable, why: str, manifest: dict) -> str:
     drawn.sort(key=lambda name: (name.startswith("00"), "classes" in name, "error" in name, name))
     thumbnails = " ".join(f"![Our {item}: {name}](../figures/{name}.png)" for name in drawn[:3])
     ours, verdict = found_or_open(find)
-    because = f"; a likely cause, not tested: {why}" if why and verdict in ("no", "undecided") else ""
+    because = f"; {why}" if why and verdict in ("no", "undecided") else ""
     return f"| {item} | {shown} | {places} {thumbnails} | {ours} | **{verdict}**{because} |"
 
 

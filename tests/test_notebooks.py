@@ -85,7 +85,7 @@ def test_each_figure_and_table_of_the_paper_has_cells_and_a_line_with_our_number
     assert {*lines} >= {*(f"Fig. {n}" for n in range(1, 10)), *(f"Table {n}" for n in (1, 2, 3))}
     sixth = lines["Fig. 6"]
     assert "02_transition_point_sweep.ipynb" in sixth and "2.1" in sixth and "../figures/02_strip.png" in sixth
-    assert "0.95 [0.90, 0.98], n = 64 (goal: at least .9); copied under DTP: 0.20" in sixth
+    assert "0.95 [0.90, 0.98], n = 64 (02, 2.8; goal: at least .9); copied under DTP: 0.20" in sixth
     assert "**no**" in sixth and "**open**" in lines["Table 1"]  # the worst of both
     cells = [cell for name in NOTEBOOKS for cell in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells]
     tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}

@@ -188,7 +188,7 @@ def falls_through_half(claims: Claims, swept: pd.DataFrame) -> None:
 
     found = crossings(swept)
     claims.number(
-        "memorized: how often the share copied falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1
+        "memorized: times that the curve of copies falls through 1/2", *[len(found)] * 3, len(swept), least=1, most=1
     )
     interval = over_prompts(swept, lambda part: (crossings(part) or [np.nan])[0])
     claim = "memorized: start t at which it falls through 1/2"
@@ -297,7 +297,7 @@ def _magnitude(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> Non
         medians = part.groupby("group")["first"].median()
         return medians.get("memorized", np.nan) / medians.get("ordinary", np.nan)
 
-    claim = "the same, median of memorized over median of ordinary"
+    claim = "magnitude at the first 3 steps, no colour named: median of memorized over ordinary"
     claims.number(claim, ratio(both), *over_prompts(both, ratio), len(both), least=4)
     deep = memorized.query("share > 0.7")
     for part, name, goal in (
@@ -319,7 +319,7 @@ def _points(claims: Claims, table: pd.DataFrame, timesteps: list[int]) -> None:
     both = rule.dropna(subset=["dynamic", "point"])
     if len(both):
         near = (both["dynamic"] - both["point"]).abs() <= 60
-        claims.share("... within 60 timesteps of the measured one", near, least=0.8)
+        claims.share("... and that point lies within 60 timesteps of the measured one", near, least=0.8)
     sooner = (placed(pushed) - free["point"]).dropna().to_numpy()
     if len(sooner):
         interval = bootstrap_interval(sooner, np.median)
