@@ -69,7 +69,7 @@ figures: $(INSTALLED)
 # Two processes of one thread each: at the tests' sizes faster than one of two threads.
 test: lint
 	@echo "test: running tests and doctests (some minutes)"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	@echo "lint: checking with ruff (seconds)"

@@ -26,7 +26,7 @@ from recipe.art import OBJECTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-
+pytestmark = pytest.mark.xdist_group("recipe")  # one worker makes the smoke world, once
 
 VERBATIM, TEMPLATES, ORDINARY = scenes.verbatim(), scenes.templates(), scenes.ordinary_prompts()
 MEMORIZED = [*VERBATIM, *TEMPLATES]
