@@ -9,6 +9,10 @@ A reproduction of Jain et al., "Classifier-Free Guidance inside the Attraction B
 """
 
 import importlib
+import warnings
+
+with warnings.catch_warnings(action="ignore"):  # in a notebook tqdm.auto, which diffusers imports, asks for ipywidgets
+    importlib.import_module("tqdm.auto")
 
 from . import _torchvision  # noqa: F401
 
@@ -22,14 +26,13 @@ _HOMES = {
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 _FURTHER = "basin mitigations detection metrics statistics store projection plotting scenarios comparison".split()
-_MODULES = (*_HOMES, *_FURTHER)
-__all__ = [*_WHERE, *_MODULES]
+__all__ = [*_WHERE, *_HOMES, *_FURTHER]
 
 
 def __getattr__(name: str):
     """Import a module when it is first asked for: a cell pays only for what it uses."""
     if name in _WHERE:
         return getattr(importlib.import_module(f"basinlab.{_WHERE[name]}"), name)
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"basinlab.{name}")
     raise AttributeError(f"module 'basinlab' has no attribute {name!r}")

@@ -193,5 +193,4 @@ def first_local_minimum(magnitude: Tensor, timesteps: Tensor) -> Tensor:
     if magnitude.shape[1] < 3:
         return torch.full((len(magnitude),), torch.nan)
     inner = (magnitude[:, 1:-1] < magnitude[:, :-2]) & (magnitude[:, 1:-1] <= magnitude[:, 2:])
-    found = timesteps.float()[inner.float().argmax(dim=1) + 1]
-    return torch.where(inner.any(dim=1), found, torch.nan)
+    return torch.where(inner.any(dim=1), timesteps.float()[inner.float().argmax(dim=1) + 1], torch.nan)

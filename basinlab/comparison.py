@@ -152,8 +152,7 @@ def run_grid(
         names = dict(zip(("method", "rule", "setting"), name if isinstance(name, tuple) else [name], strict=False))
         plain = rows.drop(columns=["attractor", "swapped"], errors="ignore")  # where pictures lie may change
         settings = {"setting": [*map(describe, setting)], "rows": plain.to_json(orient="records"), **common}
-        file = " ".join(map(str, names.values()))
-        return kept(folder, file, settings, lambda: made(setting, rows)).assign(**names)
+        return kept(folder, " ".join(map(str, names.values())), settings, lambda: made(setting, rows)).assign(**names)
 
     blocks = [prompts.iloc[i : i + block] for i in range(0, len(prompts), block)]
     parts, own = [(*method, rows) for method in methods.items() for rows in blocks], {}

@@ -207,8 +207,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 def _mean_between(sums: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean, over the ``pairs`` [G, G] of two groups each, of their ``sums``; and without each group in turn, [G]."""
     sums, pairs = (x.clone().fill_diagonal_(0) for x in (sums, pairs))
-    without = (sums.sum() - 2 * sums.sum(dim=1)) / (pairs.sum() - 2 * pairs.sum(dim=1))
-    return sums.sum() / pairs.sum(), without
+    return sums.sum() / pairs.sum(), (sums.sum() - 2 * sums.sum(dim=1)) / (pairs.sum() - 2 * pairs.sum(dim=1))
 
 
 def cmmd(features: Tensor, references: Tensor, groups: Sequence) -> tuple[float, float, float]:
