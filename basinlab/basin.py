@@ -37,8 +37,7 @@ def estimate_attractor(pictures: Tensor, distance, delta: float = 0.1) -> tuple[
     """
     pairs = distance.pairs(pictures, pictures)
     index = int(pairs.median(dim=1).values.argmin())
-    inside = max(1, math.ceil((1 - delta) * len(pairs) - 1e-9))
-    return index, float(pairs[index].sort().values[inside - 1])
+    return index, float(pairs[index].sort().values[max(1, math.ceil((1 - delta) * len(pairs) - 1e-9)) - 1])
 
 
 def dispersion(runs: Mapping[str, Trajectory], of: str = "latents") -> pd.DataFrame:

@@ -144,8 +144,7 @@ def sweep(
     samples, found = forks.results("sweep", block)
     first = network_calls(forks.before, forks.timesteps)
     apart = torch.full_like(found["calls"], sum(sum(first[:step]) for step in forks.first_steps) + calls)
-    results = (forks.timesteps, found["latents"], found["magnitude"], found["calls"], apart)
-    return Sweep(*samples, *results, denoiser)
+    return Sweep(*samples, forks.timesteps, found["latents"], found["magnitude"], found["calls"], apart, denoiser)
 
 
 def bisect(denoiser, prompts, seeds, captured: Callable, starts=None, *, judged_by="", **options) -> pd.DataFrame:

@@ -7,6 +7,7 @@ Modular pipelines give it what the network predicts, `sampling.sample` always ep
 """
 
 import logging
+import marshal
 import math
 from typing import ClassVar
 
@@ -20,9 +21,12 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 
 def describe(mitigation) -> dict:
-    """The class and the settings of a mitigation, for a record of what was done."""
+    """The class and the settings of a mitigation, for a record of what was done; of a class from elsewhere its code."""
     settings = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation)
-    return {"name": type(mitigation).__name__, **{k: v for k, v in settings.items() if not k.startswith("_")}}
+    own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
+    code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]
+    named = {"name": type(mitigation).__name__} | ({"code": code} if code else {})
+    return named | {k: v for k, v in settings.items() if not k.startswith("_")}
 
 
 class WeightedGuidance(BaseGuidance):
@@ -53,8 +57,8 @@ class WeightedGuidance(BaseGuidance):
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _needed(self) -> list[str]:
-        """Names of the predictions at this step; before the first one all, for which a pipeline has to be ready."""
-        weight = None if self._timestep is None or self.remembers else self.weight(int(self._timestep))
+        """Names of the predictions at this step."""
+        weight = None if self.remembers else self.weight(int(self._timestep))
         return [name for name, idle in zip(self._input_predictions, (0.0, 1.0), strict=True) if weight != idle]
 
     def prepare_inputs(self, data: dict) -> list:
@@ -65,10 +69,7 @@ class WeightedGuidance(BaseGuidance):
         return [prepare(input_fields, data, name == "pred_uncond", name) for name in self._needed()]
 
     def __call__(self, data: list) -> GuiderOutput:
-        output = super().__call__(data)
-        if self._step + 1 == self._num_inference_steps:
-            self._timestep = None  # the run is over: a pipeline that asks now asks for the next one
-        return output
+        return self.forward(**{getattr(part, self._identifier_key): part.noise_pred for part in data})
 
     @property
     def is_conditional(self) -> bool:
@@ -76,7 +77,8 @@ class WeightedGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        return len(self._needed())
+        """The number of predictions at this step; of all before a run, also where one was broken off within a step."""
+        return len(self._needed() if self._step is not None and not self._count_prepared else self._input_predictions)
 
 
 class ConstantGuidance(WeightedGuidance):
@@ -242,9 +244,8 @@ class AttractRepel(WeightedGuidance):
         return self.guidance_scale - self._repel(timestep)
 
     def _needed(self) -> list[str]:
-        s, r = self.guidance_scale, self.repel_scale if self._timestep is None else self._repel(int(self._timestep))
-        weights = (s, r, self._timestep is None or not math.isclose(1 + r, s))
-        return [name for name, weight in zip(self._input_predictions, weights, strict=True) if weight]
+        s, r = self.guidance_scale, self._repel(int(self._timestep))
+        return [name for name, w in zip(self._input_predictions, (s, r, not math.isclose(1 + r, s)), strict=True) if w]
 
     def forward(self, pred_positive=None, pred_cond=None, pred_uncond=None) -> GuiderOutput:
         s, r = self.guidance_scale, self._repel(int(self._timestep))

@@ -183,6 +183,7 @@ class Alignment(_Judge):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit text embeddings [B, F]."""
+        texts = [texts] if isinstance(texts, str) else texts
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
         with torch.inference_mode():
             states = self.network.text_model(**tokens.to(self.device)).pooler_output

@@ -262,8 +262,8 @@ def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> Scheduler
     kind = type(denoiser.scheduler) if name is None else getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {name!r}; give the name of a class, such as 'DDIMScheduler'")
-    if steps not in range(1, denoiser.scheduler.config.num_train_timesteps + 1):
-        raise ValueError(f"steps is {steps}: give 1 to {denoiser.scheduler.config.num_train_timesteps}")
+    if steps not in range(1, denoiser.scheduler.config.num_train_timesteps):  # as many would be one timestep too many
+        raise ValueError(f"steps is {steps}: give 1 to {denoiser.scheduler.config.num_train_timesteps - 1}")
     # some schedulers are made for pixels and by default clip to -1..1, which latents exceed
     scheduler = kind.from_config(denoiser.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps, device=denoiser.device)
@@ -380,7 +380,7 @@ def sample_from(
     Trajectory(1 samples of 1 prompts, latents [1, 26, 2, 1, 1])
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = range(len(latents)) if seeds is None else seeds
+    seeds = range(len(latents)) if seeds is None else [*map(int, seeds)]
     if not len(prompts) == len(seeds) == len(latents):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds for {len(latents)} states: give one for each")
     pairs, guidance, parts = list(zip(prompts, seeds, strict=True)), only_guidance(guidance), []

@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent
-FIGURES = Path(os.environ.get("BASINLAB_OUT", HERE.parent)) / "figures"
+OUT = Path(os.environ.get("BASINLAB_OUT") or HERE.parent)
+FIGURES = OUT / "figures"
 HEAD = """# The paper, figure by figure
 
 Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Memorization*, CVPR 2025
@@ -273,8 +274,10 @@ def page() -> str:
 
 
 def main() -> None:
-    (HERE / "paper.md").write_text(page(), encoding="utf-8")
-    print(f"{len(ITEMS)} figures and tables of the paper in {HERE / 'paper.md'}")
+    path = OUT / "notebooks/paper.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page(), encoding="utf-8")
+    print(f"{len(ITEMS)} figures and tables of the paper in {path}")
 
 
 if __name__ == "__main__":

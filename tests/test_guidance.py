@@ -47,6 +47,13 @@ def test_only_predictions_with_weight_are_asked_for(guidance, timestep, names):
     for name in names:
         guidance.prepare_models(None)
         assert guidance.is_conditional == (name != "pred_uncond")
+    assert guidance.num_conditions == len(guidance._input_predictions)  # a run broken off here may begin again
+
+
+def test_what_a_class_of_your_own_does_is_in_its_description():
+    ones, twos = (type("Mine", (g.ConstantGuidance,), {"weight": of}) for of in (lambda s, t: 1.0, lambda s, t: 2.0))
+    first, other, again = (g.describe(kind(3.0)) for kind in (ones, twos, ones))
+    assert first == again != other and first["name"] == other["name"] == "Mine" and first["guidance_scale"] == 3.0
 
 
 GUIDERS = [

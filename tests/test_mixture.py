@@ -44,8 +44,7 @@ def flow(y, start, end, weight):
     def field(level, flat):
         return np.exp(level) * slope(flat.reshape(-1, 2), np.exp(level), weight).ravel()
 
-    found = solve_ivp(field, np.log([start, end]), y.ravel(), rtol=1e-5, atol=1e-6)
-    return found.y[:, -1].reshape(-1, 2)
+    return solve_ivp(field, np.log([start, end]), y.ravel(), rtol=1e-5, atol=1e-6).y[:, -1].reshape(-1, 2)
 
 
 def ends(x, t, weight=SCALE):

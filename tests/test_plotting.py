@@ -95,8 +95,7 @@ def test_copies_are_framed_and_thumbnails_are_tied_to_their_places():
     plotting.thumbnails(axis, STRIP)
     found = boxes(axis)
     assert [box.offsetbox.get_children()[0].get_text() for box in found] == STRIP["label"].tolist()
-    edges = [box.patch.get_edgecolor()[:3] == plotting.COLOURS["copied"] for box in found]
-    assert edges == [True, False, False]
+    assert [box.patch.get_edgecolor()[:3] == plotting.COLOURS["copied"] for box in found] == [True, False, False]
     assert [box.arrow_patch is not None for box in found] == [True, True, False]  # no place, no line
     assert [box.xy for box in found[:2]] == [(900, 1.0), (500, 0.2)]
     assert [box.xybox[0] for box in found] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
@@ -143,8 +142,7 @@ def test_the_measured_basin_is_shaded_where_states_are_captured():
     shares.columns = ["t", "push", "value"]
     half = pd.DataFrame({"t": [900, 500, 100], "value": [float("inf"), 0.5, 0.1]})
     paths = pd.DataFrame({"name": ["captured", "unguided"] * 2, "t": [900, 900, 100, 100], "value": [0, 1] * 2})
-    figure = plotting.section(shares, half, paths, STRIP)
-    axis = figure.axes[0]
+    axis = plotting.section(shares, half, paths, STRIP).axes[0]
     assert axis.collections[0].get_array().reshape(3, 3).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
     lines = {line.get_label(): line for line in axis.lines}
     assert str(lines["one half escapes"].get_ydata().tolist()) == "[nan, 0.5, 0.1]"  # no wall there: no line

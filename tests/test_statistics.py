@@ -20,8 +20,7 @@ def test_wilson_interval_agrees_with_scipy(successes, trials):
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic):
     rng = np.random.default_rng(0)
     intervals = [statistics.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
-    covered = np.mean([low <= 5 <= high for low, high in intervals])
-    assert 0.88 <= covered <= 0.99
+    assert 0.88 <= np.mean([low <= 5 <= high for low, high in intervals]) <= 0.99
     # it resamples rows, the same every time
     rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
     assert statistics.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean()) == (10.0, 10.0)
