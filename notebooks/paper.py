@@ -69,7 +69,7 @@ TAIL = """
 
 * It was *built* to have an exit: memorized captions also came with other pictures. In the exact world there is none
   without that (notebook 00, exercise 2). In the fine-tuned model, where each caption came with one picture, some
-  captions have one all the same (03, 3.1). So a *yes* shows that the mechanism is possible, not how common it is.
+  captions have an exit all the same (03, 3.1). So a *yes* shows that the mechanism is possible, not how common it is.
 * It is one world of one kind of picture, and small.
 * Its judges (the descriptor, CLIP) were trained on the same world.
 * A small model can refute "this always works". It cannot show that it works, or fails, on Stable Diffusion.
@@ -176,9 +176,9 @@ ONE = UNTESTED + "each caption came with one picture only, so some have no exit 
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
      UNTESTED + "few trajectories of one prompt"),
-    ("Fig. 2", "One prompt: the last copy at 779, the first new picture at 759, at its fall. (Ours: left panels.)",
+    ("Fig. 2", "One prompt: the last copy at 779, the first new one at 759, where the magnitude falls. (Ours: left.)",
      lambda: flips("no guidance before"), "of some shares of duplicates no sample flips"),
-    ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner. (Ours: right panels.)",
+    ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner. (Ours: right.)",
      lambda: both(flips("opposite guidance before"), sooner()),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then off a cliff at 500, to 8.",
