@@ -106,8 +106,8 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     moved = "{:.2g} of the way"
-    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "less than half escape at any push"
-    end = f"half escape {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
+    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "fewer than half escape"
+    end = f"half escape once moved {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
     text = "states are moved from the captured towards the unguided trajectory: "
     text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
@@ -168,7 +168,7 @@ def wen() -> tuple[str, str]:
 
 
 UNTESTED = "a likely cause, not tested: "
-FALLS = "its cause in 02, 2.4: some samples have no minimum by the static point, where the rule starts anyway, inside "
+FALLS = "its cause in 02, 2.4: some samples have no minimum by the rule's limit, where it starts anyway, inside "
 FALLS += "the basin; in others the first minimum comes before the exit"
 GENTLY = "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
 GENTLY += "prediction changes gently"
@@ -185,7 +185,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="at the scorecard's start: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="from the start of 01, 1.12: "),
                   claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="object right there: ")),
      ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
