@@ -185,7 +185,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="from the start of 01, 1.12: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="start of 01, 1.12: copied "),
                   claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="object right there: ")),
      ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
