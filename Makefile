@@ -17,6 +17,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 # The OpenMP of PyTorch's Linux wheels puts its threads to sleep between layers, and wakes them again: half of the
 # U-Net's time on 8 latents. A short spin keeps them awake.
 export GOMP_SPINCOUNT ?= 10000
+# Many containers forbid Python to keep what it has compiled. Every kernel would then compile all packages anew: 15
+# seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .PHONY: help setup figures test lab world evaluate tune compare bench site lint clean
