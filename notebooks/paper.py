@@ -90,10 +90,10 @@ def told(row, form: str = ".2f") -> str:
 
 
 def claim(name: str, start: str, form: str = ".2f", what: str = "") -> tuple[str, str]:
-    """What was found of the claim in figures/NAME.csv whose text begins so, after ``what`` it is; and its verdict."""
+    """What figures/NAME.csv says of the claim whose text begins so, after ``what`` (``{}``: that text); its verdict."""
     found, section = table(name), {"01": "01, 1.12", "02": "02, 2.8", "03": "03, 3.9"}[name[:2]]
     row = found[[fnmatch(text, f"{start}*") for text in found["claim"]]].iloc[0]
-    return f"{what}{told(row, form)} ({section}; goal: {row['goal']})", row["verdict"]
+    return f"{what.format(row['claim'])}{told(row, form)} ({section}; goal: {row['goal']})", row["verdict"]
 
 
 def both(*found: tuple[str, str]) -> tuple[str, str]:
@@ -185,8 +185,8 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="start of 01, 1.12: copied "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="object right there: ")),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="other samples, {}: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="{}: ")),
      ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
@@ -214,8 +214,9 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
                     for rule in ("DTP", "OG + DTP"))),
      "if more than 5% of the samples are copies, the 95th percentile falls on a copy"),
-    ("Cost", "No extra cost; 1.26 s an image, Wen 2.86 s.",
-     lambda: both(claim("02_claims", "no extra cost", ".0f", "predictions for an image, at most: "), wen()), ""),
+    ("Cost", "No extra cost; 1.26 s an image, 2.86 s with the earlier method of Wen et al.",
+     lambda: both(claim("02_claims", "no extra cost", ".0f", "predictions for an image, at most (n: rules): "), wen()),
+     ""),
 ]  # fmt: skip
 
 

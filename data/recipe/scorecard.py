@@ -204,7 +204,7 @@ def tint(claims: Claims, ordinary: pd.DataFrame, denoiser: Denoiser) -> None:
         return noise_colour_correlation(part, linear)
 
     found = correlation(named), *over_prompts(named, correlation), len(named)
-    claim = "ordinary, colour named: correlation of the background's colour with that of the noise's mean alone"
+    claim = "ordinary, colour named: correlation of the background's colour with the tint of the noise"
     claims.number(claim, *found, least=-0.2, most=0.2)
 
 
