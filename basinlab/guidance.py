@@ -21,12 +21,12 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 
 def describe(mitigation) -> dict:
-    """The class and the settings of a mitigation, for a record of what was done; of a class from elsewhere its code."""
-    settings = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation)
+    """The class of a mitigation, its settings as they are now, and the code of a class from elsewhere: for a record."""
+    settings = {k: vars(mitigation).get(k, v) for k, v in getattr(mitigation, "config", vars(mitigation)).items()}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
     code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]
     named = {"name": type(mitigation).__name__} | ({"code": code} if code else {})
-    return named | {k: v for k, v in settings.items() if not k.startswith("_")}
+    return named | {k: describe(v) if isinstance(v, BaseGuidance) else v for k, v in settings.items() if k[0] != "_"}
 
 
 class WeightedGuidance(BaseGuidance):
@@ -47,7 +47,7 @@ class WeightedGuidance(BaseGuidance):
 
     def new(self, **changes) -> "WeightedGuidance":
         """A copy with ``changes``; diffusers' own forgets arguments given by position."""
-        return type(self)(**{k: v for k, v in self.config.items() if not k.startswith("_")} | changes)
+        return type(self)(**{k: v for k, v in describe(self).items() if k in self.config} | changes)
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """eps_u + w (eps_c - eps_u); a prediction with weight 0 may be None."""
@@ -108,7 +108,7 @@ class StaticTransitionPoint(WeightedGuidance):
     @register_to_config
     def __init__(self, start: int, guidance_scale: float = 7.5, before: float = 0.0):
         super().__init__()
-        self.start, self.guidance_scale, self.before = start, guidance_scale, before
+        self.start, self.guidance_scale, self.before = int(start), guidance_scale, before  # a NaN is refused
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)

@@ -71,8 +71,8 @@ class Claims:
         self.rows.append((claim, float(value), float(low), float(high), int(n), ", ".join(goals), found))
 
     def share(self, claim: str, truth, least: float = -np.inf, most: float = np.inf) -> None:
-        """A claim about the share of ``truth`` [n] bool, with Wilson's interval."""
-        truth = np.asarray(truth, bool)
+        """A claim about the share of ``truth`` [n] bool, with Wilson's interval; undecided if a NaN is among them."""
+        truth = np.asarray(truth, float)
         self.number(claim, truth.mean(), *wilson_interval(truth.sum(), len(truth)), len(truth), least, most)
 
     def table(self) -> pd.DataFrame:

@@ -21,11 +21,9 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says(statistic
     rng = np.random.default_rng(0)
     intervals = [statistics.bootstrap_interval(rng.normal(5, 2, 40), statistic, resamples=200) for _ in range(200)]
     assert 0.88 <= np.mean([low <= 5 <= high for low, high in intervals]) <= 0.99
-    # it resamples rows, the same every time
-    rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])
+    rows = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])  # it resamples rows, the same every time
     assert statistics.bootstrap_interval(rows, lambda x: (x[:, 1] - x[:, 0]).mean()) == (10.0, 10.0)
-    values = np.random.default_rng(0).normal(size=30)
-    low, high = statistics.bootstrap_interval(values)
+    low, high = statistics.bootstrap_interval(values := np.random.default_rng(0).normal(size=30))
     assert statistics.bootstrap_interval(values) == (low, high)
     assert statistics.bootstrap_interval(-values) == (-high, -low)  # as many are left out below as above
 
@@ -66,8 +64,9 @@ def test_claims_carry_their_interval_goal_and_verdict():
     claims.share("heads", [True] * 60 + [False] * 40, least=0.5)
     claims.number("a length", 3.0, 2.5, 3.5, 7, least=1, most=3)
     claims.number("told only", 1.0, 0.0, 2.0, 1)
+    claims.share("one is not known", pd.Series([True, None, True]), least=0.5)
     table = claims.table().set_index("claim")
-    assert table["verdict"].tolist() == ["yes", "undecided", "reported"]
-    assert table["goal"].tolist() == ["at least 0.5", "at least 1, at most 3", ""]
+    assert table["verdict"].tolist() == ["yes", "undecided", "reported", "undecided"]
+    assert table["goal"].tolist() == ["at least 0.5", "at least 1, at most 3", "", "at least 0.5"]
     expected = binomtest(60, 100).proportion_ci(method="wilson")
     assert tuple(table.loc["heads", ["low", "high"]]) == pytest.approx((expected.low, expected.high))
