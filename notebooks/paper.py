@@ -24,9 +24,10 @@ Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Mem
 copy; a trajectory leaves the basin at some time; guidance that starts then gives a new picture with the caption's
 object. The table lists each of its figures and tables: where we reproduce it, the paper's number, ours with its 95%
 interval and where that stands, and a verdict: **yes**, **no**, or **undecided** (the interval lies across the goal,
-which was set before looking). A row with several numbers has the verdict of the worst. The paper's numbers are of
-Stable Diffusion, ours of a small model for which we know what was memorized: compare what happens, not the units.
-`notebooks/paper.py` makes this page from the tables in `figures/`.
+which was set before looking; where the goal is to be below CFG, its interval overlaps CFG's). A row with several
+numbers has the verdict of the worst. The paper's numbers are of Stable Diffusion, ours of a small model for which we
+know what was memorized: compare what happens, not the units. `notebooks/paper.py` makes this page from the tables in
+`figures/`.
 
 Words of the table: *t* runs from 999 (noise) to 0 (picture). STP gives no guidance before a fixed *t* (the static
 point), DTP none before a time that each sample finds by itself (the dynamic point). OG (opposite guidance) reverses the
@@ -158,7 +159,7 @@ def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[s
     cfg, own = rows.loc["CFG"], rows.loc[method]
     verdict = "yes" if own["high"] < cfg["low"] else "no" if own["low"] > cfg["high"] else "undecided"
     mean = "mean: " if measure == "similarity" else ""
-    return f"{mean}{method} {told(own)} (goal: below CFG's {told(cfg)})", verdict
+    return f"{mean}{method} {told(own, '.3f')} (goal: below CFG's {told(cfg, '.3f')})", verdict
 
 
 def wen() -> tuple[str, str]:
@@ -185,7 +186,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="other samples, {}: "),
+                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="STP in other samples, {}: "),
                   claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="{}: ")),
      ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
@@ -195,22 +196,22 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
      "vertically at the exit; (b) under opposite guidance it falls above t = 900.", signature,
      UNTESTED + GENTLY),
-    ("Fig. 8", "Grid: training picture, earlier methods, STP, OG + STP.",
+    ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of *finetuned*.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
-    ("Fig. 9", "Grid: DTP and OG + DTP.",
+    ("Fig. 9", "Duplicated, grid: DTP and OG + DTP.",
      lambda: both(*(claim("03_claims", f"{rule}, duplicated, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("DTP", "OG + DTP"))),
      FALLS),
-    ("Table 1", "95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP score, "
-     "FID: in 03.)",
+    ("Table 1", "Fine-tuned, 95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP "
+     "score, FID: in 03.)",
      lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), ONE),
-    ("Table 2", "95th percentile of the similarity: no mitigation .3702, CFG from 700 .3018, from 600 .2756.",
+    ("Table 2", "Classes, 95th percentile of the similarity: no mitigation .3702, CFG from 700 .3018, from 600 .2756.",
      lambda: lower("emoji-classes", "STP"),
      "twenty samples are too few"),
-    ("Table 3", "95th percentile of the similarity: no mitigation .7977, DTP .5885, OG + DTP .6915; mean .5513, "
-     ".2866, .2844.",
+    ("Table 3", "Duplicated, 95th percentile of the similarity: no mitigation .7977, DTP .5885, OG + DTP .6915; mean "
+     ".5513, .2866, .2844.",
      lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
                     for rule in ("DTP", "OG + DTP"))),
      "if more than 5% of the samples are copies, the 95th percentile falls on a copy"),
