@@ -188,7 +188,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      lambda: both(flips("opposite guidance before"), sooner()),
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
-     cliff, UNTESTED + "in training each caption fitted its picture, so the two predictions stay different"),
+     cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
      lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
                   claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="STP in other samples ({}): "),
