@@ -75,7 +75,8 @@ TAIL = """
 * Its judges (the descriptor, CLIP) were trained on the same world.
 * A small model can refute "this always works". It cannot show that it works, or fails, on Stable Diffusion.
   [Notebook 04](04_stable_diffusion.ipynb) asks that of the published checkpoints.
-* The paper's fourth scenario (Stable Diffusion 1.4 with its own memorized prompts) has no table there, and none here.
+* The paper's fourth scenario (Stable Diffusion 1.4 with its own memorized prompts) has no table in the paper,
+  and none here.
 """
 
 
@@ -107,7 +108,11 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     moved = "{:.2g} of the way"
-    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else "fewer than half escape"
+    begin = (
+        f"half escape {moved.format(first['value'])}"
+        if first["value"] < 9
+        else "fewer than half escape at any distance tried"
+    )
     end = f"half escape once moved {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
     text = "states are moved from the captured towards the unguided trajectory: "
     text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
