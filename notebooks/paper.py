@@ -140,7 +140,7 @@ def signature() -> tuple[str, str]:
         (text, "yes" if ratio >= 4 else "no"),
         claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
         claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
-        sooner("(b) we timed the outcome, not the magnitude's fall: "),
+        sooner("(b) the right panel of the first picture, of which we timed the outcome, not the fall: "),
     )
 
 
