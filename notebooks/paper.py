@@ -92,10 +92,10 @@ def told(row, form: str = ".2f") -> str:
 
 
 def claim(name: str, start: str, form: str = ".2f", what: str = "") -> tuple[str, str]:
-    """What figures/NAME.csv says of the claim whose text begins so, after ``what`` (``{}``: that text); its verdict."""
+    """What figures/NAME.csv says of the claim whose text begins so, after ``what`` it is; and its verdict."""
     found, section = table(name), {"01": "01, 1.12", "02": "02, 2.8", "03": "03, 3.9"}[name[:2]]
     row = found[[fnmatch(text, f"{start}*") for text in found["claim"]]].iloc[0]
-    return f"{what.format(row['claim'])}{told(row, form)} ({section}; goal: {row['goal']})", row["verdict"]
+    return f"{what}{told(row, form)} ({section}; goal: {row['goal']})", row["verdict"]
 
 
 def both(*found: tuple[str, str]) -> tuple[str, str]:
@@ -108,26 +108,33 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     moved = "{:.2g} of the way"
-    begin = (
-        f"half escape {moved.format(first['value'])}"
-        if first["value"] < 9
-        else "fewer than half escape at any distance tried"
-    )
+    begin = "fewer than half escape at any distance tried"
+    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else begin
     end = f"half escape once moved {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
     text = "states are moved from the captured towards the unguided trajectory: "
     text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
+def flip(letter: str, before: str) -> tuple[float, float]:
+    """The start of the last copy and of the first new picture of one of the three captions; NaN where it has none."""
+    rows = table(f"02_story_{letter}").query("before == @before")
+    return rows.loc[rows["copied"], "start"].min(), rows.loc[~rows["copied"], "start"].max()
+
+
 def flips(before: str) -> tuple[str, str]:
-    parts, found = [], []
-    for letter in "abc":
-        rows = table(f"02_story_{letter}").query("before == @before")
-        copies, new = rows.loc[rows["copied"], "start"], rows.loc[~rows["copied"], "start"]
-        parts.append(f"{copies.min():.0f} / {new.max():.0f}" if len(copies) and len(new) else "no flip")
-        found.append(len(copies) > 0 and len(new) > 0 and copies.min() > new.max())
-    word = "yes" if all(found) else "undecided" if any(found) else "no"
+    found = [flip(letter, before) for letter in "abc"]
+    parts = [f"{copy:.0f} / {new:.0f}" if copy > new else "no flip" for copy, new in found]
+    some = [copy > new for copy, new in found]
+    word = "yes" if all(some) else "undecided" if any(some) else "no"
     return f"last copy / first new picture in three captions, of shares 0.6, 0.8 and 0.95: {', '.join(parts)}", word
+
+
+def pushed() -> tuple[str, str]:
+    text, verdict = flips(BEFORE[1])
+    gained = [flip(letter, BEFORE[1])[0] - flip(letter, BEFORE[0])[0] for letter in "abc"]
+    told = f"{text} ({', '.join(f'{steps:.0f}' for steps in gained if steps > 0)} timesteps sooner than without)"
+    return both((told, verdict), sooner("over all pairs that flip, timesteps sooner, median: "))
 
 
 def signature() -> tuple[str, str]:
@@ -140,12 +147,14 @@ def signature() -> tuple[str, str]:
         (text, "yes" if ratio >= 4 else "no"),
         claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
         claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
-        sooner("(b) the right panel of the first picture, of which we timed the outcome, not the fall: "),
+        sooner(
+            "(b) is the right panel of the first picture; there we timed the flip from copy to new picture, not the "
+            "fall: timesteps sooner under opposite guidance, median: "
+        ),
     )
 
 
-def sooner(before: str = "") -> tuple[str, str]:
-    what = f"{before}timesteps sooner under opposite guidance, median: "
+def sooner(what: str) -> tuple[str, str]:
     return claim("01_scorecard", "opposite guidance leaves sooner", ".0f", what)
 
 
@@ -178,6 +187,8 @@ def cost() -> tuple[str, str]:
     return text, rules["verdict"]
 
 
+BEFORE = "no guidance before", "opposite guidance before"  # the panels of 02_story
+STP_AGAIN = "under STP in the scorecard's samples"
 UNTESTED = "a likely cause, not tested: "
 FALLS = "its cause in 02, 2.4: some samples have no minimum by the rule's limit, where it starts anyway, inside "
 FALLS += "the basin; in others the first minimum comes before the exit"
@@ -188,16 +199,16 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
      UNTESTED + "few trajectories of one prompt"),
     ("Fig. 2", "One prompt: the last copy at 779, the first new one at 759, where the magnitude falls. (Ours: left.)",
-     lambda: flips("no guidance before"), "of some shares of duplicates no sample flips"),
+     lambda: flips(BEFORE[0]), "of some shares of duplicates no sample flips"),
     ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner. (Ours: right.)",
-     lambda: both(flips("opposite guidance before"), sooner()),
+     pushed,
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP: "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: copied", what="STP in other samples ({}): "),
-                  claim("01_scorecard", "emoji-finetuned, CFG from [0-9]*: object right", what="{}: ")),
+     lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP in 03's samples: "),
+                  *(claim("01_scorecard", f"emoji-finetuned, CFG from [0-9]*: {of}", what=f"{of} {STP_AGAIN}: ")
+                    for of in ("copied", "object right"))),
      ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
