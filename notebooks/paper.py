@@ -24,7 +24,7 @@ Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Mem
 copy; a trajectory leaves the basin at some time; guidance that starts then gives a new picture with the caption's
 object. The table lists each of its figures and tables: where we reproduce it, the paper's number, ours with its 95%
 interval and where that stands, and a verdict: **yes**, **no**, or **undecided** (the interval lies across the goal,
-which was set before looking; where the goal is to be below CFG, its interval overlaps CFG's). A row with several
+which was set before looking; where the goal is to be below CFG, the two intervals overlap). A row with several
 numbers has the verdict of the worst. The paper's numbers are of Stable Diffusion, ours of a small model for which we
 know what was memorized: compare what happens, not the units. `notebooks/paper.py` makes this page from the tables in
 `figures/`.
@@ -148,8 +148,8 @@ def signature() -> tuple[str, str]:
         claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
         claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
         sooner(
-            "(b) is the right panel of the first picture; there we timed the flip from copy to new picture, not the "
-            "fall: timesteps sooner under opposite guidance, median: "
+            "(b), the right panel of our first picture: we timed the flip from copy to new picture there, not the "
+            "fall; timesteps sooner under opposite guidance, median: "
         ),
     )
 
@@ -162,8 +162,18 @@ def cliff() -> tuple[str, str]:
     lines = table("03_norms").query("scenario == 'emoji-finetuned' and name == 'difference'")
     lines = lines.sort_values("t", ascending=False).reset_index()
     fall = (lines["value"].cummax() / lines["value"]).max()
-    text = f"{lines['value'].iloc[0]:.2f} at T, {lines['value'].max():.2f} at its largest; its largest fall is by "
-    return f"{text}{1 - 1 / fall:.1%} (goal: by 50%)", "yes" if fall >= 2 else "no"
+    text = f"it rises from {lines['value'].iloc[0]:.2f} at T to {lines['value'].max():.2f}, and falls by at most "
+    return f"{text}{1 - 1 / fall:.1%} on the way (goal: by 50%)", "yes" if fall >= 2 else "no"
+
+
+def released() -> tuple[str, str]:
+    """What the static point does to the fine-tuned model, in the two sets of samples that tell it."""
+    card = [f"emoji-finetuned, CFG from [0-9]*: {of}" for of in ("copied", "object right")]
+    return both(
+        claim("03_claims", "STP, finetuned, memorized: copied", what="two sets of samples under STP: copied in 03's "),
+        claim("01_scorecard", card[0], what="copied in the scorecard's "),
+        claim("01_scorecard", card[1], what="object right in the scorecard's "),
+    )
 
 
 def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[str, str]:
@@ -188,12 +198,12 @@ def cost() -> tuple[str, str]:
 
 
 BEFORE = "no guidance before", "opposite guidance before"  # the panels of 02_story
-STP_AGAIN = "under STP in the scorecard's samples"
 UNTESTED = "a likely cause, not tested: "
 FALLS = "its cause in 02, 2.4: some samples have no minimum by the rule's limit, where it starts anyway, inside "
 FALLS += "the basin; in others the first minimum comes before the exit"
 GENTLY = "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
 GENTLY += "prediction changes gently"
+COPIES = "if more than 5% of the samples are copies, the 95th percentile falls on a copy"
 ONE = UNTESTED + "each caption came with one picture only, so some have no exit before the object is lost (03, 3.1)"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
     ("Fig. 1", "A drawing: the basin narrows from noise to the memorized picture; no number.", basin_narrows,
@@ -206,10 +216,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
-     lambda: both(claim("03_claims", "STP, finetuned, memorized: copied", what="copied under STP in 03's samples: "),
-                  *(claim("01_scorecard", f"emoji-finetuned, CFG from [0-9]*: {of}", what=f"{of} {STP_AGAIN}: ")
-                    for of in ("copied", "object right"))),
-     ONE),
+     released, ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
@@ -227,7 +234,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      FALLS),
     ("Table 1", "Fine-tuned, 95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP "
      "score, FID: in 03.)",
-     lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), ONE),
+     lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), COPIES),
     ("Table 2", "Classes, 95th percentile of the similarity: no mitigation .3702, CFG from 700 .3018, from 600 .2756.",
      lambda: lower("emoji-classes", "STP"),
      "twenty samples are too few"),
@@ -235,7 +242,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      ".5513, .2866, .2844.",
      lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
                     for rule in ("DTP", "OG + DTP"))),
-     "if more than 5% of the samples are copies, the 95th percentile falls on a copy"),
+     COPIES),
     ("Cost", "No extra cost; 1.26 s an image, 2.86 s with the earlier method of Wen et al.",
      cost, ""),
 ]  # fmt: skip
