@@ -21,12 +21,13 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 
 def describe(mitigation) -> dict:
-    """The class of a mitigation, its settings as they are now, and the code of a class from elsewhere: for a record."""
-    settings = {k: vars(mitigation).get(k, v) for k, v in getattr(mitigation, "config", vars(mitigation)).items()}
+    """The class of a mitigation, its settings, numbers as they are now, and the code of a class from elsewhere."""
+    made, now = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation), vars(mitigation)
+    now = {k: now.get(k, now.get(f"_{k}")) for k in made}
+    settings = {k: now[k] if isinstance(now[k], int | float) else v for k, v in made.items() if k[0] != "_"}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
     code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]
-    named = {"name": type(mitigation).__name__} | ({"code": code} if code else {})
-    return named | {k: describe(v) if isinstance(v, BaseGuidance) else v for k, v in settings.items() if k[0] != "_"}
+    return {"name": type(mitigation).__name__} | ({"code": code} if code else {}) | settings
 
 
 class WeightedGuidance(BaseGuidance):
@@ -47,12 +48,11 @@ class WeightedGuidance(BaseGuidance):
 
     def new(self, **changes) -> "WeightedGuidance":
         """A copy with ``changes``; diffusers' own forgets arguments given by position."""
-        return type(self)(**{k: v for k, v in describe(self).items() if k in self.config} | changes)
+        return type(self)(**{k: v for k, v in self.config.items() if not k.startswith("_")} | changes)
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """eps_u + w (eps_c - eps_u); a prediction with weight 0 may be None."""
-        weight = self.weight(int(self._timestep))
-        alone = {0: pred_uncond, 1: pred_cond}
+        weight, alone = self.weight(int(self._timestep)), {0: pred_uncond, 1: pred_cond}
         combined = alone[weight] if weight in alone else pred_uncond + weight * (pred_cond - pred_uncond)
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -98,7 +98,7 @@ class ConstantGuidance(WeightedGuidance):
 
 
 class StaticTransitionPoint(WeightedGuidance):
-    """CFG from one timestep on (paper, STP): ``before`` while t > ``start``, then ``guidance_scale``.
+    """CFG from one timestep on (paper, STP): ``before`` while t > ``start`` (no NaN), then ``guidance_scale``.
 
     >>> late = StaticTransitionPoint(start=500, guidance_scale=7.5)
     >>> late.weight(501), late.weight(500)
@@ -108,7 +108,7 @@ class StaticTransitionPoint(WeightedGuidance):
     @register_to_config
     def __init__(self, start: int, guidance_scale: float = 7.5, before: float = 0.0):
         super().__init__()
-        self.start, self.guidance_scale, self.before = int(start), guidance_scale, before  # a NaN is refused
+        self.start, self.guidance_scale, self.before = start if start == start else int(start), guidance_scale, before
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
