@@ -34,7 +34,7 @@ point), DTP none before a time that each sample finds by itself (the dynamic poi
 sign of the guidance before that point (OG + STP, OG + DTP). The *magnitude* is the norm of the difference between the
 predictions with and without the caption; *T* is the first timestep, 999. The *share* says how often a memorized caption
 came with its duplicate in training: 0.6, 0.8 or 0.95. *Duplicated* is our model with duplicates; *finetuned* and
-*classes* were fine-tuned without any.
+*classes* were fine-tuned without any. *Captured*: CFG from there ends in the copy.
 
 | paper | what is on it, and the paper's number | here | ours | verdict, and why |
 |---|---|---|---|---|
@@ -68,9 +68,10 @@ BELIEFS = [  # a sentence, what is measured, the table and the beginning of the 
 TAIL = """
 ## What this model cannot say
 
-* It was *built* to have an exit: memorized captions also came with other pictures. In the exact world there is none
-  without that (notebook 00, exercise 2). In the fine-tuned model, where each caption came with one picture, some
-  captions have an exit all the same (03, 3.1). So a *yes* shows that the mechanism is possible, not how common it is.
+* It was *built* to have an exit: memorized captions also came with other pictures. In the exact world of notebook 00
+  a caption without other pictures has no exit (exercise 2). In the fine-tuned model, where each caption came with one
+  picture, some captions have an exit all the same (03, 3.1). So a *yes* shows that the mechanism is possible, not how
+  common it is.
 * It is one world of one kind of picture, and small.
 * Its judges (the descriptor, CLIP) were trained on the same world.
 * A small model can refute "this always works". It cannot show that it works, or fails, on Stable Diffusion.
@@ -149,8 +150,8 @@ def signature() -> tuple[str, str]:
         claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
         claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
         sooner(
-            "(b), the right panel of our first picture: we timed the flip from copy to new picture there, not the "
-            "fall; timesteps sooner under opposite guidance, median: "
+            "for (b), the right panel of our first picture, we timed the flip from copy to new picture, not the fall; "
+            "it comes so many timesteps sooner, median: "
         ),
     )
 
@@ -171,9 +172,13 @@ def released() -> tuple[str, str]:
     """What the static point does to the fine-tuned model, in the two sets of samples that tell it."""
     card = [f"emoji-finetuned, CFG from [0-9]*: {of}" for of in ("copied", "object right")]
     return both(
-        claim("03_claims", "STP, finetuned, memorized: copied", what="two sets of samples under STP: copied in 03's "),
-        claim("01_scorecard", card[0], what="copied in the scorecard's "),
-        claim("01_scorecard", card[1], what="object right in the scorecard's "),
+        claim(
+            "03_claims",
+            "STP, finetuned, memorized: copied",
+            what="two sets of samples under STP, each with its goal. That of 03, copied: ",
+        ),
+        claim("01_scorecard", card[0], what="that of the scorecard, copied: "),
+        claim("01_scorecard", card[1], what="the same, object right: "),
     )
 
 
@@ -200,7 +205,7 @@ def cost() -> tuple[str, str]:
 
 BEFORE = "no guidance before", "opposite guidance before"  # the panels of 02_story
 UNTESTED = "a likely cause, not tested: "
-FALLS = "its cause in 02, 2.4: some samples have no minimum by the rule's limit, where it starts anyway, inside "
+FALLS = "its cause in 02, 2.4: some samples have found no minimum when the rule has to start at the latest, inside "
 FALLS += "the basin; in others the first minimum comes before the exit"
 GENTLY = "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
 GENTLY += "prediction changes gently"
