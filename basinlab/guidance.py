@@ -23,7 +23,7 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 def describe(mitigation) -> dict:
     """The class of a mitigation, its settings, numbers as they are now, and the code of a class from elsewhere."""
     made, now = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation), vars(mitigation)
-    now = {k: now.get(k, now.get(f"_{k}")) for k in made}
+    now = {k: now.get(k, now.get(f"_{k}")) for k in made}  # diffusers keeps "enabled" as _enabled
     settings = {k: now[k] if isinstance(now[k], int | float) else v for k, v in made.items() if k[0] != "_"}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
     code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]

@@ -22,19 +22,22 @@ HEAD = """# The paper, figure by figure
 Jain et al., *Classifier-Free Guidance inside the Attraction Basin May Cause Memorization*, CVPR 2025
 ([arXiv 2411.16738](https://arxiv.org/abs/2411.16738)). The paper says: guidance inside the attraction basin makes the
 copy; a trajectory leaves the basin at some time; guidance that starts then gives a new picture with the caption's
-object. The table lists each of its figures and tables: where we reproduce it, the paper's number, ours with its 95%
-interval and where that stands, and a verdict: **yes**, **no**, or **undecided** (the interval lies across the goal,
-which was set before looking; where the goal is to be below CFG, the two intervals overlap). A row with several
-numbers has the verdict of the worst. The paper's numbers are of Stable Diffusion, ours of a small model for which we
-know what was memorized: compare what happens, not the units. `notebooks/paper.py` makes this page from the tables in
-`figures/`.
+object.
 
-Words of the table: *t* runs from 999 (noise) to 0 (picture). STP gives no guidance before a fixed *t* (the static
-point), DTP none before a time that each sample finds by itself (the dynamic point). OG (opposite guidance) reverses the
-sign of the guidance before that point (OG + STP, OG + DTP). The *magnitude* is the norm of the difference between the
-predictions with and without the caption; *T* is the first timestep, 999. The *share* says how often a memorized caption
-came with its duplicate in training: 0.6, 0.8 or 0.95. *Duplicated* is our model with duplicates; *finetuned* and
-*classes* were fine-tuned without any. *Captured*: CFG from there ends in the copy.
+The table has a row for each of its figures and tables: the paper's number, where we reproduce it, our number with its
+95% interval, and a verdict. A goal was set before looking. **yes**: the whole interval meets the goal. **no**: the
+whole interval misses it. **undecided**: the goal lies inside the interval. If a row has several numbers, its verdict
+is that of the worst. The paper's numbers are of Stable Diffusion, ours of a small model for which we know what was
+memorized: compare what happens, not the units. `notebooks/paper.py` makes this page from the tables in `figures/`.
+
+Words of the table:
+
+* *t* runs from *T* = 999 (noise) to 0 (picture). *Sooner* means at a larger *t*.
+* STP gives no guidance before a fixed *t* (the static point). DTP gives none before a time that each sample finds by
+  itself (the dynamic point). OG (opposite guidance) reverses the guidance before that point: OG + STP, OG + DTP.
+* The *magnitude* is the norm of the difference between the predictions with and without the caption.
+* The *share* says how often a memorized caption came with its duplicate in training: 0.6, 0.8 or 0.95.
+* *Duplicated* is our model with duplicates; *finetuned* and *classes* were fine-tuned without any.
 
 | paper | what is on it, and the paper's number | here | ours | verdict, and why |
 |---|---|---|---|---|
@@ -101,20 +104,17 @@ def claim(name: str, start: str, form: str = ".2f", what: str = "") -> tuple[str
 
 def both(*found: tuple[str, str]) -> tuple[str, str]:
     """Several findings as one, whose verdict is the worst of theirs."""
-    worst = next(word for word in ("no", "undecided", "yes", "reported") if word in [verdict for _, verdict in found])
+    worst = next(word for word in ("no", "undecided", "yes") if word in [verdict for _, verdict in found])
     return "; ".join(text for text, _ in found), worst
 
 
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    moved = "{:.2g} of the way"
-    begin = "fewer than half escape at any distance tried"
-    begin = f"half escape {moved.format(first['value'])}" if first["value"] < 9 else begin
-    end = f"half escape once moved {moved.format(last['value'])} [{last['low']:.2f}, {last['high']:.2f}]"
-    text = "states are moved from the captured towards the unguided trajectory: "
-    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {end}, n = {last['n']:.0f}"
-    return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
+    begin = f"{first['value']:.2f}" if first["value"] < 9 else "further than was tried"
+    text = "how far states must be moved from the captured towards the unguided trajectory until half of them escape "
+    text += f"(1: all the way): at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {told(last)} (goal: more than "
+    return text + "1 at first, less at last)", "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
 def flip(letter: str, before: str) -> tuple[float, float] | None:
@@ -128,15 +128,16 @@ def flips(before: str) -> tuple[str, str]:
     found = [flip(letter, before) for letter in "abc"]
     word = "yes" if all(found) else "undecided" if any(found) else "no"
     parts = ["{:.0f} / {:.0f}".format(*pair) if pair else "no flip" for pair in found]
-    return f"last copy / first new picture in three captions, of shares 0.6, 0.8 and 0.95: {', '.join(parts)}", word
+    text = "last copy / first new picture in three captions, of shares 0.6, 0.8 and 0.95: "
+    return f"{text}{', '.join(parts)} (goal: each flips)", word
 
 
 def pushed() -> tuple[str, str]:
     text, verdict = flips(BEFORE[1])
     sides = [[flip(letter, before) for before in BEFORE] for letter in "abc"]
     gained = ", ".join(f"{opposite[0] - plain[0]:.0f}" for plain, opposite in sides if plain and opposite)
-    text += f" ({gained} timesteps sooner than without)" if gained else ""
-    return both((text, verdict), sooner("over all pairs that flip, timesteps sooner, median: "))
+    text += f"; that is {gained} timesteps sooner than without" if gained else ""
+    return both((text, verdict), sooner("median over all samples that flip in both: "))
 
 
 def signature() -> tuple[str, str]:
@@ -147,12 +148,8 @@ def signature() -> tuple[str, str]:
     text += f"{ratio:.1f} times as much (goal: 4)"
     return both(
         (text, "yes" if ratio >= 4 else "no"),
-        claim("01_scorecard", "... and that point", what="minimum within 60 timesteps of the measured point: "),
+        claim("01_scorecard", "... and that point", what="its first minimum is within 60 timesteps of the exit in: "),
         claim("01_scorecard", "memorized, share 0.8 and 0.95, unguided", what="it halves within 100 timesteps in: "),
-        sooner(
-            "for (b), the right panel of our first picture, we timed the flip from copy to new picture, not the fall; "
-            "it comes so many timesteps sooner, median: "
-        ),
     )
 
 
@@ -169,27 +166,20 @@ def cliff() -> tuple[str, str]:
 
 
 def released() -> tuple[str, str]:
-    """What the static point does to the fine-tuned model, in the two sets of samples that tell it."""
-    card = [f"emoji-finetuned, CFG from [0-9]*: {of}" for of in ("copied", "object right")]
-    return both(
-        claim(
-            "03_claims",
-            "STP, finetuned, memorized: copied",
-            what="two sets of samples under STP, each with its goal. That of 03, copied: ",
-        ),
-        claim("01_scorecard", card[0], what="that of the scorecard, copied: "),
-        claim("01_scorecard", card[1], what="the same, object right: "),
-    )
+    """What the static point does to the fine-tuned model."""
+    words = ("copied", "object right")
+    start = "emoji-finetuned, CFG from [0-9]*"
+    return both(*(claim("01_scorecard", f"{start}: {of}", what=f"{of} under STP: ") for of in words))
 
 
-def lower(scenario: str, method: str, measure: str = "similarity_95") -> tuple[str, str]:
-    """Whether ``method`` copies less than CFG beyond doubt, by the summary of notebook 03."""
+def lower(scenario: str, methods: list[str], measure: str = "similarity_95") -> tuple[str, str]:
+    """Whether ``methods`` copy less than CFG beyond doubt, by the summary of notebook 03."""
     rows = table("03_table").query("scenario == @scenario and group == 'memorized' and measure == @measure")
-    rows = rows.set_index("method")
-    cfg, own = rows.loc["CFG"], rows.loc[method]
-    verdict = "yes" if own["high"] < cfg["low"] else "no" if own["low"] > cfg["high"] else "undecided"
-    mean = "mean: " if measure == "similarity" else ""
-    return f"{mean}{method} {told(own, '.3f')} (goal: below CFG's {told(cfg, '.3f')})", verdict
+    rows = rows.set_index("method").loc[["CFG", *methods]]
+    cfg, own = rows.loc["CFG"], rows.loc[methods]
+    numbers = [f"{name} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for name, row in rows.iterrows()]
+    verdict = "yes" if (own["high"] < cfg["low"]).all() else "no" if (own["low"] > cfg["high"]).any() else "undecided"
+    return f"{', '.join(numbers)}, n = {cfg['n']:.0f} each (goal: intervals below CFG's)", verdict
 
 
 def cost() -> tuple[str, str]:
@@ -205,10 +195,9 @@ def cost() -> tuple[str, str]:
 
 BEFORE = "no guidance before", "opposite guidance before"  # the panels of 02_story
 UNTESTED = "a likely cause, not tested: "
-FALLS = "its cause in 02, 2.4: some samples have found no minimum when the rule has to start at the latest, inside "
-FALLS += "the basin; in others the first minimum comes before the exit"
-GENTLY = "the duplicate came in only 0.6 to 0.95 of a caption's uses, so the caption has another meaning, too, and the "
-GENTLY += "prediction changes gently"
+FALLS = "the cause (02, 2.4): in some samples the first minimum comes before the exit; others have none in time, and "
+FALLS += "guidance starts inside the basin"
+GENTLY = "each memorized caption has another meaning, too, so the prediction changes gently"
 COPIES = "if more than 5% of the samples are copies, the 95th percentile falls on a copy"
 ONE = UNTESTED + "each caption came with one picture only, so some have no exit before the object is lost (03, 3.1)"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
@@ -221,14 +210,15 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
-    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late.",
+    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: numbers of *finetuned*.)",
      released, ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
      FALLS),
     ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
-     "vertically at the exit; (b) under opposite guidance it falls above t = 900.", signature,
+     "vertically at the exit; (b) under opposite guidance sooner, above t = 900. (Ours: (b) is the right panel; our "
+     "number of it is at Fig. 3.)", signature,
      UNTESTED + GENTLY),
     ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of *finetuned*.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
@@ -238,16 +228,16 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      lambda: both(*(claim("03_claims", f"{rule}, duplicated, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("DTP", "OG + DTP"))),
      FALLS),
-    ("Table 1", "Fine-tuned, 95th percentile of the similarity: no mitigation .6504, STP .2857, OG + STP .3811. (CLIP "
-     "score, FID: in 03.)",
-     lambda: both(lower("emoji-finetuned", "STP"), lower("emoji-finetuned", "OG + STP")), COPIES),
-    ("Table 2", "Classes, 95th percentile of the similarity: no mitigation .3702, CFG from 700 .3018, from 600 .2756.",
-     lambda: lower("emoji-classes", "STP"),
+    ("Table 1", "Fine-tuned, 95th percentile of the similarity to the training picture: CFG .6504, STP .2857, "
+     "OG + STP .3811. (CLIP score, FID: in 03.)",
+     lambda: lower("emoji-finetuned", ["STP", "OG + STP"]), COPIES),
+    ("Table 2", "Classes, 95th percentile of the similarity: CFG .3702, CFG from 700 .3018, from 600 .2756.",
+     lambda: lower("emoji-classes", ["STP"]),
      "twenty samples are too few"),
-    ("Table 3", "Duplicated, 95th percentile of the similarity: no mitigation .7977, DTP .5885, OG + DTP .6915; mean "
+    ("Table 3", "Duplicated, 95th percentile of the similarity: CFG .7977, DTP .5885, OG + DTP .6915; mean "
      ".5513, .2866, .2844.",
-     lambda: both(*(lower("emoji-duplicated", rule, of) for of in ("similarity_95", "similarity")
-                    for rule in ("DTP", "OG + DTP"))),
+     lambda: both(*((f"{what}{found}", verdict) for what, of in (("", "similarity_95"), ("mean: ", "similarity"))
+                    for found, verdict in [lower("emoji-duplicated", ["DTP", "OG + DTP"], of)])),
      COPIES),
     ("Cost", "No extra cost; 1.26 s an image, 2.86 s with the earlier method of Wen et al.",
      cost, ""),
