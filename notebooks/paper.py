@@ -211,8 +211,8 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
-    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: *finetuned*, other samples "
-     "and another goal than at Fig. 8.)",
+    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: *finetuned*, other "
+     "samples and another goal than at Fig. 8.)",
      released, ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
