@@ -24,7 +24,8 @@ def describe(mitigation) -> dict:
     """The class of a mitigation, its settings, numbers as they are now, and the code of a class from elsewhere."""
     made, now = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation), vars(mitigation)
     now = {k: now.get(k, now.get(f"_{k}")) for k in made}  # diffusers keeps "enabled" as _enabled
-    settings = {k: now[k] if isinstance(now[k], int | float) else v for k, v in made.items() if k[0] != "_"}
+    now |= {k: describe(v) for k, v in now.items() if isinstance(v, BaseGuidance)}
+    settings = {k: now[k] if isinstance(now[k], int | float | dict) else v for k, v in made.items() if k[0] != "_"}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
     code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]
     return {"name": type(mitigation).__name__} | ({"code": code} if code else {}) | settings
@@ -47,8 +48,8 @@ class WeightedGuidance(BaseGuidance):
         super().set_state(step, num_inference_steps, timestep)
 
     def new(self, **changes) -> "WeightedGuidance":
-        """A copy with ``changes``; diffusers' own forgets arguments given by position."""
-        return type(self)(**{k: v for k, v in self.config.items() if not k.startswith("_")} | changes)
+        """A copy, as it is now, with ``changes``; diffusers' own forgets arguments given by position."""
+        return type(self)(**{k: getattr(self, k, v) for k, v in self.config.items() if k[0] != "_"} | changes)
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """eps_u + w (eps_c - eps_u); a prediction with weight 0 may be None."""
@@ -154,9 +155,8 @@ class DynamicTransitionPoint(WeightedGuidance):
         if len(self._magnitudes) >= 3 and t > self.latest:
             earlier, last, now = self._magnitudes[-3:]
             self.transition_point[(now > last) & (last < earlier) & self.transition_point.isnan()] = float(t)
-        guided = ~self.transition_point.isnan() | (t <= self.latest)
-        weight = torch.where(guided, self.guidance_scale, self.before).to(difference)
-        combined = pred_uncond + weight.view(-1, *[1] * (difference.ndim - 1)) * difference
+        weight = torch.where(~self.transition_point.isnan() | (t <= self.latest), self.guidance_scale, self.before)
+        combined = pred_uncond + weight.to(difference).view(-1, *[1] * (difference.ndim - 1)) * difference
         return GuiderOutput(pred=combined, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 

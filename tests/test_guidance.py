@@ -54,6 +54,9 @@ def test_what_a_class_of_your_own_does_is_in_its_description():
     ones, twos = (type("Mine", (g.ConstantGuidance,), {"weight": of}) for of in (lambda s, t: 1.0, lambda s, t: 2.0))
     first, other, again = (g.describe(kind(3.0)) for kind in (ones, twos, ones))
     assert first == again != other and first["name"] == other["name"] == "Mine" and first["guidance_scale"] == 3.0
+    gate = g.Gated(0.5, twos(3.0)).new(limit=1.0)  # and so is the remedy, as it is now
+    gate.remedy.guidance_scale = 9.0
+    assert gate.limit == 1.0 and g.describe(gate)["remedy"] == other | {"guidance_scale": 9.0}
 
 
 GUIDERS = [

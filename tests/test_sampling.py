@@ -179,8 +179,7 @@ def test_rows_are_picked_out_whole_pictures_decoded_and_without_record_only_the_
     assert (picked.prompts, picked.seeds) == (PROMPTS[::-1], [1, 0])
     for name in ("latents", "predicted", "guidance_magnitude", "network_calls"):
         assert torch.equal(getattr(picked, name), getattr(cfg, name)[[4, 0]])
-    assert torch.equal(cfg.of(PROMPTS[1]).latents, cfg.latents[3:])
-    assert cfg.images().shape == (6, 3, 96, 96)
+    assert torch.equal(cfg.of(PROMPTS[1]).latents, cfg.latents[3:]) and cfg.images().shape == (6, 3, 96, 96)
     torch.testing.assert_close(cfg.images(), tiny.decode(cfg.latents[:, -1]))
     expected = torch.stack([tiny.decode(cfg.predicted[:, s]) for s in (0, -1)], dim=1)
     close(cfg.predicted_images([0, STEPS - 1]), expected)
