@@ -211,18 +211,19 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
-    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: *finetuned*, other "
-     "samples and another goal than at Fig. 8.)",
+    ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: numbers of "
+     "*finetuned*.)",
      released, ONE),
     ("Fig. 6", "Duplicated: each prompt flips at another start; the pictures of the dynamic column are new ones.",
      lambda: both(claim("02_claims", "at most one flip", what="samples with at most one flip: "),
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
      FALLS),
     ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
-     "vertically at the exit; (b) under opposite guidance sooner, above t = 900. (Ours: (b) is the right panel. We "
-     "timed the flip, at Fig. 3, and not the fall.)", signature,
+     "vertically at the exit; (b) under opposite guidance sooner, above t = 900. (Ours: (b) is the right panel of the "
+     "first picture. How much sooner the copy ends under opposite guidance stands at Fig. 3.)", signature,
      UNTESTED + GENTLY),
-    ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of *finetuned*.)",
+    ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of "
+     "*finetuned*. Fewer samples than at Fig. 5, and a lower goal.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
