@@ -209,7 +209,8 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
     ("Fig. 3", "The same under opposite guidance: 879 / 859, 100 timesteps sooner. (Ours: right.)",
      pushed,
      "pairs that do not flip on both sides are not counted"),
-    ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, then at 500 to 8. (Ours: right.)",
+    ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, at t = 500 suddenly to 8. "
+     "(Ours: right.)",
      cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: numbers of "
      "*finetuned*.)",
@@ -223,7 +224,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "first picture. How much sooner the copy ends under opposite guidance stands at Fig. 3.)", signature,
      UNTESTED + GENTLY),
     ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of "
-     "*finetuned*. Fewer samples than at Fig. 5, and a lower goal.)",
+     "*finetuned*. STP has the same start as at Fig. 5; most captions are others.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
