@@ -113,9 +113,9 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     begin = f"{first['value']:.2f}" if first["value"] < 9 else "further than was tried"
-    text = "how far a state must be moved from CFG's trajectory (0) towards the unguided one (1) so that CFG from there "
-    text += f"no longer makes the copy, in half of the samples: at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} "
-    text += f"{told(last)} (goal: more than 1 at first, less at last)"
+    text = "how far a state must be moved from CFG's trajectory (0) towards the unguided one (1) so that CFG from "
+    text += f"there no longer makes the copy, in half of the samples: at t = {first['t']:.0f} {begin}; at t = "
+    text += f"{last['t']:.0f} {told(last)} (goal: more than 1 at first, less at last)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
