@@ -222,7 +222,8 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "first picture. How much sooner the copy ends under opposite guidance stands at Fig. 3.)", signature,
      UNTESTED + GENTLY),
     ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of "
-     "*finetuned*. Most captions are other ones than at Fig. 5; STP's start is the same.)",
+     "*finetuned*, from the comparison of all methods. STP starts as at Fig. 5, but the numbers are of other captions, "
+     "mostly, and the goal is the one for all methods.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
