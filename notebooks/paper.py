@@ -112,10 +112,10 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"{first['value']:.2f}" if first["value"] < 9 else "further than was tried"
-    text = "how far a state must be moved from CFG's trajectory (0) towards the unguided one (1) so that CFG from "
-    text += f"there no longer makes the copy, in half of the samples: at t = {first['t']:.0f} {begin}; at t = "
-    text += f"{last['t']:.0f} {told(last)} (goal: more than 1 at first, less at last)"
+    begin = f"{first['value']:.2f} of the way" if first["value"] < 9 else "more than all of the way"
+    text = "CFG's state is moved towards the unguided one of the same noise until half of the samples escape the copy: "
+    text += f"at t = {first['t']:.0f} by {begin}; at t = {last['t']:.0f} by {last['value']:.2f} of it "
+    text += f"[{last['low']:.2f}, {last['high']:.2f}], n = {last['n']:.0f} (goal: first more than all, then less)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
