@@ -112,10 +112,9 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"{first['value']:.2f} of the way" if first["value"] < 9 else "more than all of the way"
-    text = "CFG's state is moved towards the unguided one of the same noise until half of the samples escape the copy: "
-    text += f"at t = {first['t']:.0f} by {begin}; at t = {last['t']:.0f} by {last['value']:.2f} of it "
-    text += f"[{last['low']:.2f}, {last['high']:.2f}], n = {last['n']:.0f} (goal: first more than all, then less)"
+    begin = f"{first['value']:.2f}" if first["value"] < 9 else "more than 1"
+    text = "how far the basin reaches from CFG's trajectory towards the unguided one of the same noise (1: to it): "
+    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {told(last)} (goal: first more than 1, then less)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
@@ -196,7 +195,7 @@ BEFORE = "no guidance before", "opposite guidance before"  # the panels of 02_st
 UNTESTED = "a likely cause, not tested: "
 FALLS = "the cause (02, 2.4): in some samples the first minimum comes before the exit; others have none in time, and "
 FALLS += "guidance starts inside the basin"
-GENTLY = "each memorized caption has another meaning, too, so the prediction changes gently"
+GENTLY = "each memorized caption also came with other pictures, so the prediction changes gently"
 COPIES = "if more than 5% of the samples are copies, the 95th percentile falls on a copy"
 ONE = UNTESTED + "each caption came with one picture only, so some have no exit before the object is lost (03, 3.1)"
 ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; what we found; why, where it is no yes
@@ -209,7 +208,7 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      "pairs that do not flip on both sides are not counted"),
     ("Fig. 4", "Fine-tuned: the difference of the predictions falls from 41 to 22, at t = 500 suddenly to 8. "
      "(Ours: right.)",
-     cliff, UNTESTED + "in training each caption named what was on its picture, so it asks for that to the end"),
+     cliff, UNTESTED + "each caption named the object on its picture, so captions matter to the end"),
     ("Fig. 5", "Fine-tuned, five prompts over starts: copies early, new pictures late. (Ours: numbers of "
      "*finetuned*.)",
      released, ONE),
@@ -218,12 +217,13 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
                   claim("02_claims", "DTP: nothing is memorized", what="copied under DTP: ")),
      FALLS),
     ("Fig. 7", "At T the magnitude is 4 to 8 for memorized and 0.3 to 0.5 for ordinary captions; it falls almost "
-     "vertically at the exit; (b) under opposite guidance sooner, above t = 900. (Ours: (b) is the right panel of the "
-     "first picture. How much sooner the copy ends under opposite guidance stands at Fig. 3.)", signature,
+     "vertically at the exit. Under opposite guidance, in (b), it falls sooner, above t = 900. (Ours: (b) is the "
+     "right panel of the first picture. How much sooner the copy ends under opposite guidance stands at Fig. 3.)",
+     signature,
      UNTESTED + GENTLY),
     ("Fig. 8", "Fine-tuned, grid: training picture, earlier methods, STP, OG + STP. (Ours: numbers of "
-     "*finetuned*, from the comparison of all methods. STP starts as at Fig. 5, but the numbers are of other captions, "
-     "mostly, and the goal is the one for all methods.)",
+     "*finetuned*, in another test than at Fig. 5, mostly with other captions: so STP has another number, and "
+     "another goal.)",
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
