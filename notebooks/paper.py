@@ -113,8 +113,9 @@ def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
     begin = f"{first['value']:.2f}" if first["value"] < 9 else "more than 1"
-    text = "how far the basin reaches from CFG's trajectory towards the unguided one of the same noise (1: to it): "
-    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} {told(last)} (goal: first more than 1, then less)"
+    text = "how far the basin reaches from CFG's trajectory towards the unguided one of the same noise (1: as far as "
+    text += f"that): at t = {first['t']:.0f}: {begin}; at t = {last['t']:.0f}: {told(last)} (goal: first more than 1, "
+    text += "then less)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
