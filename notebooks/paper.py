@@ -112,10 +112,10 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"{first['value']:.2f}" if first["value"] < 9 else "more than 1"
-    text = "how far the basin reaches from CFG's trajectory towards the unguided one of the same noise (1: as far as "
-    text += f"that): at t = {first['t']:.0f}: {begin}; at t = {last['t']:.0f}: {told(last)} (goal: first more than 1, "
-    text += "then less)"
+    begin = f"to {first['value']:.2f}" if first["value"] < 9 else "beyond 1"
+    text = "how far the basin reaches on the way from CFG's trajectory (0) to the unguided one of the same noise (1): "
+    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} to {told(last)} (goal: first beyond 1, then "
+    text += "less far)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
