@@ -12,8 +12,8 @@ import math
 from typing import ClassVar
 
 import torch
+from diffusers import guiders
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
@@ -22,16 +22,16 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 
 def describe(mitigation) -> dict:
     """The class of a mitigation, its settings, numbers as they are now, and the code of a class from elsewhere."""
-    made, now = mitigation.config if isinstance(mitigation, BaseGuidance) else vars(mitigation), vars(mitigation)
-    now = {k: now.get(k, now.get(f"_{k}")) for k in made}  # diffusers keeps "enabled" as _enabled
-    now |= {k: describe(v) for k, v in now.items() if isinstance(v, BaseGuidance)}
+    made = mitigation.config if isinstance(mitigation, guiders.BaseGuidance) else vars(mitigation)
+    now = {k: (of := vars(mitigation)).get(k, of.get(f"_{k}")) for k in made}  # diffusers keeps enabled as _enabled
+    now |= {k: describe(v) for k, v in now.items() if isinstance(v, guiders.BaseGuidance)}
     settings = {k: now[k] if isinstance(now[k], int | float | dict) else v for k, v in made.items() if k[0] != "_"}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
     code = [marshal.dumps(of.__code__.replace(co_filename=""), 2).hex() for of in own if hasattr(of, "__code__")]
     return {"name": type(mitigation).__name__} | ({"code": code} if code else {}) | settings
 
 
-class WeightedGuidance(BaseGuidance):
+class WeightedGuidance(guiders.BaseGuidance):
     """Classifier-free guidance (Ho and Salimans 2022) with a weight that depends on the timestep."""
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
@@ -66,8 +66,7 @@ class WeightedGuidance(BaseGuidance):
         return [self._prepare_batch(data, name == "pred_uncond", name) for name in self._needed()]
 
     def prepare_inputs_from_block_state(self, data, input_fields: dict) -> list:
-        prepare = self._prepare_batch_from_block_state
-        return [prepare(input_fields, data, name == "pred_uncond", name) for name in self._needed()]
+        return [self._prepare_batch_from_block_state(input_fields, data, x == "pred_uncond", x) for x in self._needed()]
 
     def __call__(self, data: list) -> GuiderOutput:
         return self.forward(**{getattr(part, self._identifier_key): part.noise_pred for part in data})
@@ -266,10 +265,10 @@ class Gated(ConstantGuidance):
     remembers = True
 
     @register_to_config
-    def __init__(self, limit: float, remedy: WeightedGuidance | dict, guidance_scale: float = 7.5):
+    def __init__(self, limit: float, remedy: guiders.BaseGuidance | dict, guidance_scale: float = 7.5):
         super().__init__(guidance_scale)
         if isinstance(remedy, dict):  # as a saved configuration has it
-            remedy = globals()[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
+            remedy = {**vars(guiders), **globals()}[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
         if remedy._input_predictions != self._input_predictions:
             raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
         self.register_to_config(remedy=describe(remedy))
@@ -287,6 +286,7 @@ class Gated(ConstantGuidance):
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
         if self._fired is None:
             self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
-        self.transition_point = None if (t := self.remedy.transition_point) is None else t.where(self._fired, torch.nan)
+        point = vars(self.remedy).get("transition_point")  # a guider of diffusers has none
+        self.transition_point = None if point is None else point.where(self._fired, torch.nan)
         chosen = torch.where(self._fired.view(-1, *[1] * (pred_cond.ndim - 1)), remedied[0], plain[0])
         return GuiderOutput(pred=chosen, pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -68,7 +68,7 @@ GUIDERS = [
     g.GuidanceInterval(700, 300, 4.0),
     g.ScheduledGuidance("cosine", 4.0),
     g.AttractRepel(4.0, 1.0),
-    g.Gated(0.5, g.StaticTransitionPoint(321, 4.0, before=-1.0), 4.0),
+    *(g.Gated(0.5, of, 4.0) for of in (g.StaticTransitionPoint(321, 4.0, before=-1.0), ClassifierFreeGuidance(3.0))),
 ]
 
 
@@ -157,5 +157,6 @@ def test_the_gate_lets_pass_below_its_limit_and_is_the_remedy_above():
     assert run_rule(gated, COURSES[:, [2, 1]], TIMES) == [plain, opposed]  # another batch: it decides anew
     dynamic = g.DynamicTransitionPoint(5.0, latest=450)
     assert run_rule(g.Gated(0.0, dynamic, 5.0), COURSES, TIMES) == run_rule(dynamic.new(), COURSES, TIMES)
+    assert run_rule(g.Gated(2.0, ClassifierFreeGuidance(4.0), 5.0), COURSES, TIMES)[1:] == [[4] * 6, plain]
     with pytest.raises(ValueError, match="AttractRepel needs other predictions"):
         g.Gated(2.0, g.AttractRepel())
