@@ -112,10 +112,10 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"to {first['value']:.2f}" if first["value"] < 9 else "beyond 1"
+    begin = f"{first['value']:.2f}" if first["value"] < 9 else "beyond 1"
     text = "how far the basin reaches on the way from CFG's trajectory (0) to the unguided one of the same noise (1): "
-    text += f"at t = {first['t']:.0f} {begin}; at t = {last['t']:.0f} to {told(last)} (goal: first beyond 1, then "
-    text += "less far)"
+    text += f"at t = {first['t']:.0f}: {begin}; at t = {last['t']:.0f}: {told(last)} (goal: first beyond 1, then "
+    text += "less than 1)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
@@ -228,7 +228,8 @@ ITEMS: list[tuple[str, str, Callable, str]] = [  # of the paper; what it shows; 
      lambda: both(*(claim("03_claims", f"{rule}, finetuned, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("STP", "OG + STP"))),
      ONE),
-    ("Fig. 9", "Duplicated, grid: DTP and OG + DTP.",
+    ("Fig. 9", "Duplicated, grid: DTP and OG + DTP. (Ours: numbers of another test than at Fig. 6, so DTP has another "
+     "number.)",
      lambda: both(*(claim("03_claims", f"{rule}, duplicated, memorized: copied", what=f"copied under {rule}: ")
                     for rule in ("DTP", "OG + DTP"))),
      FALLS),
