@@ -34,9 +34,9 @@ makes this page from the tables in `figures/`.
 Words of the table:
 
 * *t* runs from *T* = 999 (noise) to 0 (picture). *Sooner* means at a larger *t*.
-* STP gives no guidance before a fixed *t* (the static point). DTP gives none before a time that each sample finds by
-  itself (the dynamic point). OG (opposite guidance) reverses the guidance before that point: OG + STP, OG + DTP.
 * The *magnitude* is the norm of the difference between the predictions with and without the caption.
+* STP gives no guidance before a fixed *t* (the static point). DTP gives none before the first minimum of the sample's
+  own magnitude (the dynamic point). OG (opposite guidance) reverses the guidance before that point: OG + STP, OG + DTP.
 * The *share* says how often a memorized caption came with its duplicate in training: 0.6, 0.8 or 0.95.
 * *Duplicated* is our model with duplicates; *finetuned* and *classes* were fine-tuned without any.
 
