@@ -112,10 +112,10 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"{first['value']:.2f} of the way to" if first["value"] < 9 else "past"
-    text = f"at t = {first['t']:.0f} the basin around CFG's trajectory reaches {begin} the unguided trajectory of the "
-    text += f"same noise; at t = {last['t']:.0f} only {told(last).replace(', n', ' of the way to it, n')} (goal: first "
-    text += "past it, at the end not)"
+    begin = f"leave the basin after {first['value']:.2f} of the way" if first["value"] < 9 else "get there in the basin"
+    text = "we walk from CFG's trajectory towards the unguided one of the same noise: at t = "
+    text += f"{first['t']:.0f} we {begin}; at t = {last['t']:.0f} we leave it after "
+    text += f"{told(last).replace(', n', ' of the way, n')} (goal: first to get there in the basin, at the end not)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
