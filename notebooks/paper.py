@@ -112,10 +112,10 @@ def both(*found: tuple[str, str]) -> tuple[str, str]:
 def basin_narrows() -> tuple[str, str]:
     half = table("01_basin_measured").sort_values("t", ascending=False)
     first, last = half.iloc[0], half.iloc[-1]
-    begin = f"leave the basin after {first['value']:.2f} of the way" if first["value"] < 9 else "get there in the basin"
-    text = "we walk from CFG's trajectory towards the unguided one of the same noise: at t = "
-    text += f"{first['t']:.0f} we {begin}; at t = {last['t']:.0f} we leave it after "
-    text += f"{told(last).replace(', n', ' of the way, n')} (goal: first to get there in the basin, at the end not)"
+    begin = f"{first['value']:.2f}" if first["value"] < 9 else "more than 1"
+    text = "the basin's width, in units of the distance between the guided and the unguided trajectory: "
+    text += f"{begin} at t = {first['t']:.0f}, {told(last).replace(', n', f' at t = {last.t:.0f}, n')} (goal: more "
+    text += "than 1, at the end less)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
