@@ -89,10 +89,9 @@ def transition_points(table: pd.DataFrame, of: str = "copied") -> pd.DataFrame:
     if wide.isna().any(axis=None):
         raise ValueError("some samples lack some of the starts: no flip can be found")
     wide = wide.astype(bool).reindex(pd.MultiIndex.from_frame(table[["prompt", "seed"]].drop_duplicates()))
-    wide = wide[sorted(wide.columns, reverse=True)]
-    starts = wide.columns.tolist()
+    starts = sorted(wide.columns, reverse=True)
     flips = np.tri(len(starts) + 1, len(starts), -1, dtype=bool)  # row m: captured at the first m starts, then free
-    wrong = (wide.to_numpy()[:, None] != flips).sum(axis=2)
+    wrong = (wide[starts].to_numpy()[:, None] != flips).sum(axis=2)
     against, points = wrong.min(axis=1), flip_table(wide.index.to_frame(index=False), wrong.argmin(axis=1), starts)
     return points.assign(against=against, monotone=against == 0)
 

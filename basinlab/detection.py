@@ -59,8 +59,7 @@ def picture_weight(run: Trajectory) -> Tensor:
 
 def stability(run: Trajectory, norms: Tensor) -> Tensor:
     """The largest z-score of an update's norm, by those at ordinary prompts, `mitigations.ordinary_norms`."""
-    updates = run.recorded("latents").diff(dim=1).flatten(2).norm(dim=2)
-    return ((updates - norms[0, :, 1]) / norms[1, :, 1]).amax(dim=1)
+    return ((run.recorded("latents").diff(dim=1).flatten(2).norm(dim=2) - norms[0, :, 1]) / norms[1, :, 1]).amax(dim=1)
 
 
 def critical_scale(run: Trajectory, scales: int = 16, iterations: int = 8, within: float = 0.25) -> Tensor:

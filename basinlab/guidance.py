@@ -269,7 +269,7 @@ class Gated(ConstantGuidance):
         super().__init__(guidance_scale)
         if isinstance(remedy, dict):  # as a saved configuration has it
             remedy = {**vars(guiders), **globals()}[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
-        if remedy._input_predictions != self._input_predictions:
+        if len({(*of._input_predictions, type(of).prepare_models) for of in (self, remedy)}) > 1:
             raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
         self.register_to_config(remedy=describe(remedy))
         self.limit, self.remedy = limit, remedy
@@ -281,9 +281,12 @@ class Gated(ConstantGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         self.remedy.set_state(step, num_inference_steps, timestep)
+        self.remedy.prepare_inputs({})  # where diffusers' APG forgets the run before
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
+        if self._fired is None and self._step:
+            raise ValueError("a gate decides at the first step: sample from the noise")
         if self._fired is None:
             self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
         point = vars(self.remedy).get("transition_point")  # a guider of diffusers has none

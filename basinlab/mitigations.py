@@ -125,8 +125,7 @@ def _difference(state: State, latents: Tensor, conditional: Tensor) -> Tensor:
     """eps_c - eps_u, [B, C, H, W], at the first step."""
     t = state.scheduler.timesteps[0]
     inputs = state.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
-    both = torch.cat([conditional, state.unconditional])
-    first, second = state.denoiser(inputs, t, both).chunk(2)
+    first, second = state.denoiser(inputs, t, torch.cat([conditional, state.unconditional])).chunk(2)
     return (first - second) * state.denoiser.epsilon_scale(t)
 
 

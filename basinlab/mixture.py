@@ -83,9 +83,8 @@ class MixtureDenoiser(Denoiser):
 
     def classifier_gradient(self, latents: Tensor, timestep: int, prompt: str) -> Tensor:
         """The gradient of a perfect noise-aware classifier, grad_x log p_t(prompt | x): [B, 2, 1, 1]."""
-        x = latents.clone().requires_grad_()
-        log_odds = self.log_density(x, timestep, prompt) - self.log_density(x, timestep, "")
-        return torch.autograd.grad(log_odds.sum(), x)[0]
+        x, of = latents.clone().requires_grad_(), self.log_density
+        return torch.autograd.grad((of(x, timestep, prompt) - of(x, timestep, "")).sum(), x)[0]
 
     def draw(self, count: int, prompt: str, seed: int = 0) -> Tensor:
         """Clean points of a prompt, [count, 2, 1, 1]."""

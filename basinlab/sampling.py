@@ -269,9 +269,8 @@ def new_scheduler(denoiser: Denoiser, name: str | None, steps: int) -> Scheduler
     scheduler.set_timesteps(steps, device=denoiser.device)
     if len(scheduler.timesteps) != steps:  # some predict twice at a step, and so do not go step by step
         raise ValueError(f"{kind.__name__} makes {len(scheduler.timesteps)} predictions in {steps} steps: give another")
-    own, found = denoiser.scheduler.alphas_cumprod, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
-    rising = scheduler.timesteps[0] < scheduler.timesteps[-1]
-    if rising or found.shape != own.shape or not torch.allclose(found.to(own), own, atol=1e-4):
+    own, its = denoiser.scheduler.alphas_cumprod, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
+    if (scheduler.timesteps.diff() > 0).any() or its.shape != own.shape or (its.to(own) - own).abs().max() > 1e-4:
         raise ValueError(f"{kind.__name__} does not go down the model's own noise schedule: give another")
     return scheduler
 
@@ -309,6 +308,8 @@ def split(mitigations: Mitigations) -> tuple[BaseGuidance, list[Mitigation]]:
     guidances = [m for m in mitigations if isinstance(m, BaseGuidance)] or [ConstantGuidance()]
     if len(guidances) > 1:
         raise ValueError(f"{[type(g).__name__ for g in guidances]} are several guidances: give one at most")
+    if type(guidances[0]).prepare_models is not BaseGuidance.prepare_models:
+        raise ValueError(f"{type(guidances[0]).__name__} changes the network as it goes: use diffusers' pipelines")
     return guidances[0], [m for m in mitigations if isinstance(m, Mitigation)]
 
 
@@ -349,9 +350,9 @@ def sample(
     """Sample every prompt with every seed.
 
     ``mitigations`` is one guidance, one `Mitigation`, or a list of them, which act in this order. A guidance is any
-    diffusers guider with the two predictions, by default CFG 7.5. ``scheduler`` names a diffusers class.
-    ``batch_size`` bounds memory, not results. Without ``record`` only the last latents are kept. With ``measure`` both
-    predictions are made at every step, so that the guidance magnitude is known everywhere.
+    diffusers guider with the two predictions, by default CFG 7.5. ``scheduler`` names a diffusers class; DDIM drifts
+    beyond 200 steps. ``batch_size`` bounds memory, not results. Without ``record`` only the last latents are kept.
+    ``measure`` makes both predictions at every step, so that the guidance magnitude is known everywhere.
 
     >>> import basinlab
     >>> world = basinlab.MixtureDenoiser.with_duplicate()

@@ -167,8 +167,7 @@ def test_summary_gives_shares_with_intervals_costs_relative_to_cfg_and_marks_the
     comparison.export(rows, tmp_path / "sd1.4")
     assert len(pd.read_csv(tmp_path / "sd1.4.csv")) == len(rows)
     page, paper = ((tmp_path / f"sd1.4.{end}").read_text() for end in ("md", "tex"))
-    line = next(line for line in page.splitlines() if line.startswith("| STP"))
-    assert "0.00 [0.00, 0.16]**" in line
+    assert "0.00 [0.00, 0.16]**" in next(line for line in page.splitlines() if line.startswith("| STP"))
     assert page.count("## ") == 2 and paper.count("\\begin{table}") == 2
 
 

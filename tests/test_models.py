@@ -138,8 +138,7 @@ def test_words_beyond_the_text_encoder_are_named(tiny):
         basinlab.sample(tiny, f"{fits} owl", 0, steps=1, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = tiny.embed([fits])
-    torch.testing.assert_close(cut, whole)
+        torch.testing.assert_close(cut, tiny.embed([fits]))
     with pytest.raises(TypeError, match="prompts is the text 'an owl': give a list"):
         tiny.embed("an owl")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import bound, close
 from diffusers import StableDiffusionPipeline
-from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeGuidance
 from scipy.signal import argrelmin
 
 import basinlab
@@ -216,6 +216,7 @@ def test_prompts_and_seeds_are_lists_of_any_kind():
     ("mitigations", StaticTransitionPoint, "StaticTransitionPoint.* is no guidance"),
     ("mitigations", [EmbeddingNoise(0.1), RandomNumbers], "RandomNumbers.* is no guidance"),
     ("mitigations", [ConstantGuidance(), EmbeddingNoise(), StaticTransitionPoint(500)], "several guidances: give one"),
+    ("mitigations", AutoGuidance(3.0, auto_guidance_layers=0, dropout=0.5), "AutoGuidance changes the network"),
     *[("steps", steps, f"steps is {steps}: give 1 to 999") for steps in (0, 1000)],
     *[("scheduler", x, f"no scheduler '{x}'.*'DDIMScheduler'") for x in ("NoSuchScheduler", "AutoencoderKL", "utils")],
     ("scheduler", diffusers.DDIMScheduler, "no scheduler .*DDIMScheduler.*'DDIMScheduler'"),
@@ -235,6 +236,8 @@ def test_a_mitigation_alone_and_lists_of_any_order_are_the_same_and_diffusers_ow
     run = sample(tiny, mitigations=ClassifierFreeGuidance(7.5))
     close(run.latents, cfg.latents)
     assert run.network_calls.tolist() == cfg.network_calls.tolist()
+    apg = AdaptiveProjectedGuidance(7.5, adaptive_projected_guidance_momentum=-0.5)  # remembers steps, in its inputs
+    assert sample(tiny, mitigations=basinlab.Gated(0.0, apg)).latents.equal(sample(tiny, mitigations=apg).latents)
 
 
 def test_latents_that_are_not_finite_name_the_step_the_prompt_and_the_seed(tiny):
@@ -259,6 +262,8 @@ def test_a_guidance_is_left_as_it_was_and_what_it_saw_before_leaves_no_trace():
     used, new = (basinlab.sample_from(world, *given, of, progress=False) for of in rules)
     assert torch.equal(used.latents, new.latents) and repr(vars(rule)) == before
     assert torch.equal(used.transition_point.isnan(), new.transition_point.isnan())
+    with pytest.raises(ValueError, match="decides at the first step"):  # which these states have behind them
+        basinlab.sample_from(world, *given, basinlab.Gated(0.5, rule), progress=False)
 
 
 def test_no_more_texts_are_embedded_at_once_than_samples_go_through_together(tiny, monkeypatch):
