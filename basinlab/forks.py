@@ -138,8 +138,7 @@ def sweep(
     def block(rows: Sequence[int]) -> dict[str, Tensor]:
         snapshots, magnitude, made = forks.prefix(rows)
         latents = forks.ends(snapshots, [(i, step) for i in range(len(rows)) for step in forks.first_steps])
-        shape = (len(rows), len(forks.starts))
-        return {"latents": latents.unflatten(0, shape), "magnitude": magnitude, "calls": made + calls}
+        return {"latents": latents.unflatten(0, (len(rows), -1)), "magnitude": magnitude, "calls": made + calls}
 
     samples, found = forks.results("sweep", block)
     first = network_calls(forks.before, forks.timesteps)

@@ -23,7 +23,7 @@ logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # w
 def describe(mitigation) -> dict:
     """The class of a mitigation, its settings, numbers as they are now, and the code of a class from elsewhere."""
     made = mitigation.config if isinstance(mitigation, guiders.BaseGuidance) else vars(mitigation)
-    now = {k: (of := vars(mitigation)).get(k, of.get(f"_{k}")) for k in made}  # diffusers keeps enabled as _enabled
+    now = {k: vars(mitigation).get(k, vars(mitigation).get(f"_{k}")) for k in made}  # diffusers has _enabled
     now |= {k: describe(v) for k, v in now.items() if isinstance(v, guiders.BaseGuidance)}
     settings = {k: now[k] if isinstance(now[k], int | float | dict) else v for k, v in made.items() if k[0] != "_"}
     own = () if type(mitigation).__module__.startswith(("basinlab.", "diffusers.")) else vars(type(mitigation)).values()
@@ -269,7 +269,7 @@ class Gated(ConstantGuidance):
         super().__init__(guidance_scale)
         if isinstance(remedy, dict):  # as a saved configuration has it
             remedy = {**vars(guiders), **globals()}[remedy["name"]](**{k: v for k, v in remedy.items() if k != "name"})
-        if len({(*of._input_predictions, type(of).prepare_models) for of in (self, remedy)}) > 1:
+        if remedy._input_predictions != self._input_predictions or type(remedy).prepare_models != Gated.prepare_models:
             raise ValueError(f"{type(remedy).__name__} needs other predictions than CFG: it can't be gated for nothing")
         self.register_to_config(remedy=describe(remedy))
         self.limit, self.remedy = limit, remedy
@@ -285,11 +285,11 @@ class Gated(ConstantGuidance):
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor) -> GuiderOutput:
         plain, remedied = (guide(pred_cond, pred_uncond) for guide in (super().forward, self.remedy.forward))
-        if self._fired is None and self._step:
-            raise ValueError("a gate decides at the first step: sample from the noise")
         if self._fired is None:
+            if self._step:
+                raise ValueError("a gate decides at the first step: sample from the noise")
             self._fired = (pred_cond - pred_uncond).flatten(1).float().norm(dim=1) > self.limit
-        point = vars(self.remedy).get("transition_point")  # a guider of diffusers has none
+        point = getattr(self.remedy, "transition_point", None)  # a guider of diffusers has none
         self.transition_point = None if point is None else point.where(self._fired, torch.nan)
         chosen = torch.where(self._fired.view(-1, *[1] * (pred_cond.ndim - 1)), remedied[0], plain[0])
         return GuiderOutput(pred=chosen, pred_cond=pred_cond, pred_uncond=pred_uncond)

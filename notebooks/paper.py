@@ -114,8 +114,8 @@ def basin_narrows() -> tuple[str, str]:
     first, last = half.iloc[0], half.iloc[-1]
     begin = f"{first['value']:.2f}" if first["value"] < 9 else "more than 1"
     text = "the basin's width, in units of the distance between the guided and the unguided trajectory: "
-    text += f"{begin} at t = {first['t']:.0f}, {told(last).replace(', n', f' at t = {last.t:.0f}, n')} (01, 1.6; "
-    text += "goal: more than 1, at the end less)"
+    text += f"{begin} at t = {first['t']:.0f}; at t = {last['t']:.0f}: {told(last)} (01, 1.6; goal: more than 1, at "
+    text += "the end less)"
     return text, "yes" if first["low"] > 1 > last["high"] else "undecided"
 
 
